@@ -1,0 +1,102 @@
+# Every target works on a fresh clone: it makes .venv and installs into it when needed, once.
+
+PROFILE  ?= smoke
+PROTOCOL ?=
+JOBS     ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+DATA     ?=
+PYTHON   ?= python3
+UV       ?= $(shell command -v uv 2>/dev/null)
+
+VENV      := .venv
+BIN       := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+EXPERIMENTS := $(sort $(basename $(notdir $(wildcard experiments/*.yaml))))
+
+ifeq ($(filter smoke short paper,$(PROFILE)),)
+$(error PROFILE=$(PROFILE) is not known; choose PROFILE=smoke, PROFILE=short or PROFILE=paper)
+endif
+
+# slow networks: wait longer and try again, unless the user has said otherwise
+export PIP_DEFAULT_TIMEOUT ?= 60
+export PIP_RETRIES ?= 10
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+export UV_HTTP_TIMEOUT ?= 120
+# uv does not read pip's variable, and leaves byte code to be compiled at every start where writing it is switched off
+export UV_COMPILE_BYTECODE ?= 1
+ifdef PIP_FIND_LINKS
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+endif
+ifneq ($(DATA),)
+export FWP_DATA := $(abspath $(DATA))
+endif
+
+SWEEP_OPTIONS = --profile $(PROFILE) $(if $(PROTOCOL),--protocol $(PROTOCOL)) --jobs $(JOBS)
+# a failed run does not keep the others' report from being drawn, but it is not forgotten either
+define train_and_report
+	@status=0; \
+	$(BIN)/fwp sweep $(1) $(SWEEP_OPTIONS) || status=$$?; \
+	$(BIN)/python -m reports $(1) || status=$$?; \
+	exit $$status
+endef
+
+# one sweep at a time also under `make -j`: a sweep runs JOBS processes of its own
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint smoke reproduce report status ui bench
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@printf '%s\n' '' 'Options: PROFILE=smoke|short|paper (smoke)  PROTOCOL=released|corrected (what the experiment file names)' \
+	  '         JOBS=n processes ($(JOBS) here)  DATA=folder with corpora (figures 2 to 5 need none)' \
+	  '         PYTHON=python3.11 or newer, used when .venv is made' \
+	  'Experiments: $(EXPERIMENTS)'
+
+setup: $(INSTALLED) ## make .venv and install the package with its tools
+
+test: lint ## lint, then the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+smoke: $(INSTALLED) ## does it work here? list the backends, train one small experiment, draw it
+	$(BIN)/fwp list
+	$(call train_and_report,figure4)
+
+reproduce: $(INSTALLED) ## train every experiment (what is complete is skipped), then draw all reports
+	$(call train_and_report,$(EXPERIMENTS))
+
+reproduce-%: $(INSTALLED) ## the same for one experiment, as in `make reproduce-figure2`
+	$(call train_and_report,$*)
+
+report: $(INSTALLED) ## draw all reports from results/*.csv, without training
+	$(BIN)/python -m reports
+
+report-%: $(INSTALLED) ## the same for one experiment, as in `make report-figure2`
+	$(BIN)/python -m reports $*
+
+status: $(INSTALLED) ## which runs are complete, running, failed or missing
+	$(BIN)/fwp status
+
+ui: $(INSTALLED) ## browse the runs with MLflow on http://127.0.0.1:5000
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true \
+	  $(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1
+
+bench: $(INSTALLED) ## time the attention backends on this machine
+	$(BIN)/fwp bench
+
+# the stamp is made last: an install that broke off is taken up again by the next target
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "Python 3.11 or newer is needed, but PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo 'not there');" \
+	       "name another, as in: make setup PYTHON=python3.12" >&2; exit 1; }
+	@echo "Installing into $(VENV) (a few minutes, once) ..."
+	$(PYTHON) -m venv $(VENV)
+ifneq ($(UV),)
+	$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'
+else
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+endif
+	@touch $@

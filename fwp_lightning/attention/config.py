@@ -1,0 +1,112 @@
+"""The named axes of an attention, checked at construction. Imports no torch, so that listing and validating stay fast."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fwp_lightning.registry import did_you_mean
+
+
+@dataclass(frozen=True)
+class FavorConfig:
+    """The five choices that the name FAVOR+ leaves open; the two parts of the released code differ in them."""
+
+    features: Literal["orthogonal", "independent"] = "orthogonal"
+    """Random directions orthogonal in groups of the input size (FAVOR+), or independent Gaussian rows (the paper's text)."""
+    scaling: Literal["none", "rsqrt_sqrt_d"] = "rsqrt_sqrt_d"
+    """Multiply inputs by d^(-1/4), so that the kernel is exp(q.k / sqrt(d)); the released code does not: exp(q.k)."""
+    stabilizer: Literal["none", "sequence", "vector"] = "sequence"
+    """Subtract the largest exponent: of a whole key sequence (cancels in attention_norm), or of each vector (in phi_norm sum)."""
+    kernel_eps: float = 0.0
+    """Added to every exponential before the 1/sqrt(2m); the released language model has 1e-4."""
+    redraw: Literal["never", "training", "always"] = "training"
+    """When the random matrix is drawn anew: never, at each training forward, or at every forward, evaluation included."""
+
+    def __post_init__(self) -> None:
+        for name in ("features", "scaling", "stabilizer", "redraw"):
+            _check_choice(f"favor.{name}", getattr(self, name), _FAVOR_CHOICES[name])
+        if not (math.isfinite(self.kernel_eps) and self.kernel_eps >= 0):
+            raise ValueError(f"favor.kernel_eps={self.kernel_eps} must be a number >= 0")
+
+
+_FAVOR_CHOICES = {
+    "features": ("orthogonal", "independent"),
+    "scaling": ("none", "rsqrt_sqrt_d"),
+    "stabilizer": ("none", "sequence", "vector"),
+    "redraw": ("never", "training", "always"),
+}
+PHI_NORMS = ("none", "sum")
+ATTENTION_NORMS = ("none", "readout", "both")
+OUTPUT_SCALES = ("none", "rsqrt_d")
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """One attention as a point in a product of named axes. Raises ``ValueError`` with one sentence for a senseless one."""
+
+    rule: str = "delta"
+    """How a key-value pair is written: softmax, sum, delta, fwm, or a registered one."""
+    feature_map: str = "elu"
+    """phi on keys and queries: identity, elu, favor, dpfp, tanh, or a registered one."""
+    phi_norm: str = "none"
+    """sum: divide phi(k) and phi(q) by the sum of their features (eq. 29)."""
+    attention_norm: str = "none"
+    """Divide the read-out (readout), and also what a delta write retrieves (both), by z . phi(q) (eqs. 18-19, 26-28)."""
+    output_scale: str = "none"
+    """rsqrt_d: multiply the read-out by 1/sqrt(d_head), as the released language model does and the paper's equations do not."""
+    backend: str = "auto"
+    """Who computes the rule; changes speed, never the result beyond rounding."""
+    nu: int = 1
+    """DPFP's number of shifts; it has 2 d_key nu features."""
+    n_features: int = 64
+    """FAVOR+'s number m of random directions; it has 2 m features."""
+    favor: FavorConfig = field(default_factory=FavorConfig)
+    """The choices within FAVOR+."""
+    key_norm_eps: float = 0.0
+    """Added to the sum of a key's features before phi_norm divides by it."""
+    query_norm_eps: float = 0.0
+    """Added to the sum of a query's features before phi_norm divides by it."""
+    attention_norm_eps: float = 1e-6
+    """Added to z . phi(q) before attention_norm divides by it."""
+
+    def __post_init__(self) -> None:
+        _check_choice("phi_norm", self.phi_norm, PHI_NORMS)
+        _check_choice("attention_norm", self.attention_norm, ATTENTION_NORMS)
+        _check_choice("output_scale", self.output_scale, OUTPUT_SCALES)
+        for name in ("nu", "n_features"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be a whole number >= 1")
+        for name in ("key_norm_eps", "query_norm_eps", "attention_norm_eps"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}={value} must be a number >= 0")
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        if self.rule == "softmax":
+            for name, sensible in (("feature_map", "identity"), ("phi_norm", "none"), ("attention_norm", "none")):
+                if getattr(self, name) != sensible:
+                    raise ValueError(
+                        f"rule softmax has no {name}={getattr(self, name)}: it normalises by itself; set {name}: {sensible}"
+                    )
+        if self.attention_norm == "both" and self.rule != "delta":
+            raise ValueError(
+                f"attention_norm=both divides what a delta write retrieves; rule {self.rule} retrieves nothing that way: "
+                "set attention_norm: readout or none"
+            )
+        if self.rule == "fwm" and self.attention_norm != "none":
+            raise ValueError("rule fwm rescales its memory, so no accumulator z fits it; set attention_norm: none")
+        if self.feature_map == "favor" and self.favor.stabilizer == "vector" and self.phi_norm != "sum":
+            raise ValueError(
+                "favor.stabilizer=vector scales each key by its own factor, which only phi_norm: sum cancels; "
+                "set phi_norm: sum or favor.stabilizer: sequence"
+            )
+        if self.feature_map == "favor" and self.favor.stabilizer != "none" and self.rule == "fwm":
+            raise ValueError("favor.stabilizer changes the size of keys, which rule fwm keeps; set favor.stabilizer: none")
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {name} {value!r}. {did_you_mean(str(value), list(known))}")

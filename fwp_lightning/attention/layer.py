@@ -1,0 +1,186 @@
+"""The attention layer: projections around a fast weight memory that is any point of the registry's axes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fwp_lightning import ops
+from fwp_lightning.attention.config import AttentionConfig
+from fwp_lightning.attention.feature_maps import FEATURE_MAPS
+from fwp_lightning.attention.rules import RULES
+
+
+class MemoryState(NamedTuple):
+    """What passes from one segment to the next; all tensors are batch first, so that beams can be reordered."""
+
+    memory: tuple[Tensor, ...]
+    """The rule's own state: W ``[B, H, K, V]``, or softmax's keys and values."""
+    z: Tensor | None
+    """Sum of key features ``[B, H, K]``, where attention_norm keeps one."""
+
+    def detach(self) -> MemoryState:
+        """Return the same numbers, cut from the graph: truncated backpropagation at a segment's border."""
+        return MemoryState(tuple(x.detach() for x in self.memory), None if self.z is None else self.z.detach())
+
+
+class FastWeightMemory(nn.Module):
+    """phi, its normalisation, the rule and the normalised read-out, without projections.
+
+    Raises ``ValueError`` for an unknown rule, map or backend and for numbers that the chosen map cannot use.
+    """
+
+    def __init__(self, config: AttentionConfig, d_key: int) -> None:
+        super().__init__()
+        self.config = config
+        self.d_key = d_key
+        self.rule = RULES[config.rule]()
+        self.feature_map = FEATURE_MAPS[config.feature_map](d_key, config)
+        if config.backend != "auto" and config.rule != "softmax" and config.rule in {"sum", "delta", "fwm"}:
+            reason = ops.why_not(config.backend, config.rule)
+            if reason:
+                raise ValueError(reason)
+
+    def features(self, q: Tensor | None, k: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Return phi(q) and phi(k), divided by their sums if phi_norm says so (eq. 29), in at least float32."""
+        # keys first: a random map draws its matrix with the keys
+        k_phi = self.feature_map.keys(_at_least_float32(k))
+        q_phi = None if q is None else self.feature_map.queries(_at_least_float32(q))
+        if self.config.phi_norm == "sum":
+            k_phi = k_phi / (k_phi.sum(-1, keepdim=True) + self.config.key_norm_eps)
+            if q_phi is not None:
+                q_phi = q_phi / (q_phi.sum(-1, keepdim=True) + self.config.query_norm_eps)
+        return q_phi, k_phi
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor | None = None,
+        state: MemoryState | None = None,
+        *,
+        causal: bool = True,
+    ) -> tuple[Tensor, MemoryState]:
+        """Return outputs ``[B, T, H, V]`` for queries ``[B, T, H, D]`` and the state after the last step.
+
+        ``beta`` ``[B, T, H]`` is the write strength after its sigmoid, for rules that use one.
+        """
+        with torch.autocast(q.device.type, enabled=False):
+            q_phi, k_phi = self.features(q, k)
+            o, new_state = self._scan(q_phi, k_phi, _at_least_float32(v), beta, state, causal)
+        assert o is not None
+        return (o * self.d_key**-0.5 if self.config.output_scale == "rsqrt_d" else o), new_state
+
+    def write(self, k: Tensor, v: Tensor, beta: Tensor | None = None, state: MemoryState | None = None) -> MemoryState:
+        """Return the state after writing all pairs, reading nothing."""
+        with torch.autocast(k.device.type, enabled=False):
+            return self._scan(None, self.features(None, k)[1], _at_least_float32(v), beta, state, causal=True)[1]
+
+    def read(self, q: Tensor, state: MemoryState) -> Tensor:
+        """Return what queries ``[B, N, H, D]`` retrieve from a written memory, ``[B, N, H, V]``."""
+        q_phi = self.feature_map.queries(_at_least_float32(q))
+        if self.config.phi_norm == "sum":
+            q_phi = q_phi / (q_phi.sum(-1, keepdim=True) + self.config.query_norm_eps)
+        o = self.rule.read(q_phi, state.memory)
+        if state.z is not None:
+            o = o / (torch.einsum("bnhk,bhk->bnh", q_phi, state.z) + self.config.attention_norm_eps).unsqueeze(-1)
+        return o * self.d_key**-0.5 if self.config.output_scale == "rsqrt_d" else o
+
+    @property
+    def has_attention_weights(self) -> bool:
+        """Whether ``attention_weights`` exists for these axes."""
+        return self.rule.has_attention_weights and self.config.attention_norm != "both"
+
+    def attention_weights(self, q: Tensor, k: Tensor, beta: Tensor | None = None) -> Tensor:
+        """Return ``a`` ``[B, H, N, T]``: what ``read`` after ``write`` gives is ``sum_t a_{n,t} v_t``, whatever the values."""
+        if self.rule.kernel_is_enough and self.config.phi_norm == "none":
+            weights = kernel = self.feature_map.kernel(_at_least_float32(q), _at_least_float32(k))
+        else:
+            q_phi, k_phi = self.features(q, k)
+            assert q_phi is not None
+            weights = self.rule.attention_weights(q_phi, k_phi, beta)
+            kernel = ops.attention_weights(q_phi, k_phi) if self.config.attention_norm != "none" else weights
+        if self.config.attention_norm != "none":
+            weights = weights / (kernel.sum(-1, keepdim=True) + self.config.attention_norm_eps)
+        return weights * self.d_key**-0.5 if self.config.output_scale == "rsqrt_d" else weights
+
+    def state_size(self, d_value: int) -> int | None:
+        """Return the numbers kept per head between steps, or None if they grow with the sequence."""
+        size = self.rule.state_size(self.feature_map.n_out, d_value)
+        return size if size is None or self.config.attention_norm == "none" else size + self.feature_map.n_out
+
+    def _scan(
+        self, q: Tensor | None, k: Tensor, v: Tensor, beta: Tensor | None, state: MemoryState | None, causal: bool
+    ) -> tuple[Tensor | None, MemoryState]:
+        if not causal and self.rule.causal_only:
+            raise ValueError(f"rule {self.config.rule} writes in an order, so it has no non-causal form; use sum or softmax")
+        if self.rule.uses_beta and beta is None:
+            raise ValueError(f"rule {self.config.rule} needs beta, the write strength of each step")
+        beta = None if beta is None else _at_least_float32(beta)
+        norm = self.config.attention_norm
+        z_BTHK = None
+        k_write, beta_write = k, beta
+        if norm != "none":
+            z_0 = k.new_zeros(k.shape[0], *k.shape[2:]) if state is None or state.z is None else state.z
+            z_BTHK = k.cumsum(1) + z_0.unsqueeze(1)
+        if norm == "both":
+            assert z_BTHK is not None and beta is not None
+            k_write, beta_write = self._normalised_retrieval(k, beta, z_BTHK - k, fresh=state is None)
+        o, memory = self.rule.scan(
+            q, k_write, v, beta=beta_write, state=state.memory if state else None, backend=self.config.backend, causal=causal
+        )
+        if o is not None and q is not None and z_BTHK is not None:
+            z_read = z_BTHK if causal else z_BTHK[:, -1:]
+            o = o / ((z_read * q).sum(-1, keepdim=True) + self.config.attention_norm_eps)
+        return o, MemoryState(memory, None if z_BTHK is None else z_BTHK[:, -1])
+
+    def _normalised_retrieval(self, k: Tensor, beta: Tensor, z_before: Tensor, *, fresh: bool) -> tuple[Tensor, Tensor]:
+        """Divide what the write retrieves by d_t = z_{t-1} . k_t (eq. 27): the same rule with k / d and beta d.
+
+        The first step of an empty memory has d_1 = 1: it retrieves nothing.
+        """
+        d = (z_before * k).sum(-1)
+        if fresh:
+            d = torch.cat([torch.ones_like(d[:, :1]), d[:, 1:]], dim=1)
+        return k / (d.unsqueeze(-1) + self.config.attention_norm_eps), beta * d
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return f"rule={c.rule}, phi_norm={c.phi_norm}, attention_norm={c.attention_norm}, backend={c.backend}"
+
+
+class FastWeightAttention(nn.Module):
+    """Multi-head attention over a fast weight memory: ``[B, T, d_model] -> [B, T, d_model]``, no biases, no residual."""
+
+    def __init__(self, config: AttentionConfig, d_model: int, n_heads: int) -> None:
+        super().__init__()
+        if n_heads < 1 or d_model % n_heads:
+            raise ValueError(f"d_model={d_model} does not divide by n_heads={n_heads}; choose another number of heads")
+        self.n_heads, self.d_head = n_heads, d_model // n_heads
+        self.memory = FastWeightMemory(config, self.d_head)
+        self.W_q = nn.Linear(d_model, d_model, bias=False)
+        self.W_k = nn.Linear(d_model, d_model, bias=False)
+        self.W_v = nn.Linear(d_model, d_model, bias=False)
+        self.W_beta = nn.Linear(d_model, n_heads, bias=False) if self.memory.rule.uses_beta else None
+        self.W_o = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(
+        self, x: Tensor, state: MemoryState | None = None, *, causal: bool = True
+    ) -> tuple[Tensor, MemoryState]:
+        """Return the layer's output and the state to pass with the next segment."""
+        q, k, v = (W(x).unflatten(-1, (self.n_heads, self.d_head)) for W in (self.W_q, self.W_k, self.W_v))
+        beta = None if self.W_beta is None else torch.sigmoid(self.W_beta(x))
+        o, state = self.memory(q, k, v, beta, state, causal=causal)
+        return self.W_o(o.flatten(-2).to(x.dtype)), state
+
+
+def build_attention(config: AttentionConfig, d_model: int, n_heads: int) -> FastWeightAttention:
+    """Return the attention that ``config`` names, ready to be trained."""
+    return FastWeightAttention(config, d_model, n_heads)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

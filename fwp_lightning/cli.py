@@ -1,0 +1,328 @@
+"""The command `fwp`: plan, train, export and report the paper's experiments.
+
+Nothing heavy is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fwp_lightning.errors import UserError
+from fwp_lightning.registry import did_you_mean
+
+Command = Callable[[argparse.Namespace], int]
+
+# these take LightningCLI's own arguments
+LIGHTNING_COMMANDS = {
+    "fit": "train one configuration",
+    "validate": "evaluate one configuration on the validation data",
+    "test": "evaluate one configuration on the test data",
+}
+EXAMPLES = """examples:
+  fwp list                                  what can be chosen, and what can run here
+  fwp sweep figure2 --dry-run               the runs of an experiment, and what they will cost
+  fwp sweep figure2 figure5 --jobs 2        train what is not complete yet; run it again to go on
+  fwp report figure2                        draw the figure from results/*.csv
+  fwp fit --config experiments/base/retrieval.yaml --model.attention.rule delta
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code. A user's mistake is one line and exit code 2."""
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(typed)
+    except UserError as error:
+        print(f"fwp: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fwp: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader of our output is gone, as in `fwp list | head`; nothing may be written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _dispatch(typed: list[str]) -> int:
+    imports, rest = _take_imports(typed)
+    if rest and rest[0] in LIGHTNING_COMMANDS:
+        return _run_lightning(rest, imports, typed)
+    options = build_parser().parse_args(rest)
+    options.imports, options.typed = imports, typed
+    command: Command = options.command
+    return command(options)
+
+
+def _take_imports(typed: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the values of --import, which every command takes anywhere, and the other arguments."""
+    imports: list[str] = []
+    rest: list[str] = []
+    arguments = iter(typed)
+    for argument in arguments:
+        if argument == "--import":
+            name = next(arguments, None)
+            if name is None:
+                raise UserError("--import needs a file or a module.")
+            imports.append(name)
+        elif argument.startswith("--import="):
+            imports.append(argument.removeprefix("--import="))
+        else:
+            rest.append(argument)
+    # workers start elsewhere
+    return [str(Path(name).resolve()) if Path(name).suffix == ".py" else name for name in imports], rest
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are a sentence, not a usage text."""
+
+    def error(self, message: str) -> Any:
+        """Complain in one sentence."""
+        raise UserError(f"{message}; see: {self.prog} --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands but fit, validate and test, which it only names."""
+    parser = _Parser(
+        prog="fwp",
+        description=(__doc__ or "").splitlines()[0],
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    for name, text in LIGHTNING_COMMANDS.items():
+        commands.add_parser(name, help=f"{text} (LightningCLI arguments)", add_help=False)
+    _add_sweep(commands)
+    status = _add(commands, "status", _status, "show how far every experiment is")
+    status.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="default: those with a tracked run")
+    _add(commands, "export", _export, "write the tracked runs to results/runs.csv and results/metrics.csv")
+    report = _add(commands, "report", _report, "make tables and figures from results/*.csv")
+    report.add_argument("arguments", nargs=argparse.REMAINDER, metavar="NAME", help="as for python -m reports")
+    listing = _add(commands, "list", _list, "list experiments, rules, feature maps and backends")
+    listing.add_argument("--json", action="store_true", help="print JSON")
+    bench = _add(commands, "bench", _bench, "measure the operations on this machine")
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def _add(commands: Any, name: str, command: Command, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog="--import FILE, a Python file or module that registers rules or maps of yours, may be given repeatedly.",
+    )
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _add_sweep(commands: Any) -> None:
+    parser = _add(commands, "sweep", _sweep, "train the runs of experiments that are not complete yet")
+    parser.add_argument("experiments", nargs="+", metavar="EXPERIMENT", help="as in experiments/EXPERIMENT.yaml")
+    parser.add_argument("--profile", default="smoke", help="smoke, short or paper: how much is run (default: smoke)")
+    parser.add_argument("--protocol", help="released or corrected (default: the experiment's own)")
+    parser.add_argument("--jobs", type=_positive, metavar="N", help="worker processes (default: one per core)")
+    parser.add_argument("--rows", type=_words, metavar="A,B", help="only these rows")
+    parser.add_argument("--seeds", type=_numbers, metavar="1,2", help="these seeds instead of the experiment's")
+    parser.add_argument("--dry-run", action="store_true", help="show the runs and what they will cost, train nothing")
+    parser.add_argument("--checkpoint-seconds", type=float, default=30.0, metavar="S", help="default: 30")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    words = _words(text)
+    if not words or not all(word.isdigit() for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 1,2,3")
+    return [int(word) for word in words]
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return f"fwp_lightning {metadata.version('fwp-lightning')}"
+    except metadata.PackageNotFoundError:
+        return "fwp_lightning, not installed"
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from fwp_lightning.experiment import find_project, load_experiment, resolve_runs
+    from fwp_lightning.sweep import run_sweep, show_plan
+    from fwp_lightning.tracking import describe_origin
+
+    project = find_project()
+    runs = [
+        run
+        for name in options.experiments
+        for run in resolve_runs(
+            load_experiment(name, project),
+            profile=options.profile,
+            protocol=options.protocol,
+            rows=options.rows,
+            seeds=options.seeds,
+        )
+    ]
+    if options.dry_run:
+        show_plan(runs, project, options.jobs)
+        return 0
+    origin = describe_origin(project, options.typed, options.imports)
+    return run_sweep(runs, project, origin, jobs=options.jobs, checkpoint_seconds=options.checkpoint_seconds)
+
+
+def _status(options: argparse.Namespace) -> int:
+    from fwp_lightning.experiment import experiment_names, find_project
+    from fwp_lightning.results import project_status
+    from fwp_lightning.sweep.progress import console, rows_table
+    from fwp_lightning.tracking import open_store
+
+    project = find_project()
+    known = experiment_names(project)
+    for name in options.experiments:
+        if name not in known:
+            raise UserError(f"unknown experiment {name!r}. {did_you_mean(name, known)}")
+    if project.store_file is not None and not project.store_file.exists():
+        print(f"no run is tracked yet: there is no {project.store_file}")
+        return 0
+    lines = project_status(open_store(project), project, options.experiments or known)
+    if lines:
+        console().print(rows_table(lines))
+    else:
+        print("no run of these experiments is tracked yet")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from fwp_lightning.experiment import find_project
+    from fwp_lightning.results import export
+    from fwp_lightning.tracking import deliver_journals, open_store
+
+    project = find_project()
+    client = open_store(project)
+    deliver_journals(client, project)
+    print(export(client, project).sentence())
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from fwp_lightning.experiment import find_project
+
+    # reports lie beside the package in a source tree
+    sys.path.insert(0, str(find_project().root))
+    try:
+        reports = importlib.import_module("reports.__main__")
+    except ModuleNotFoundError as error:
+        raise UserError(f"reports cannot be made: {error}; run this in the project's folder.") from error
+    return int(reports.main(options.arguments) or 0)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    _import_user_files(options.imports)
+    bench = importlib.import_module("fwp_lightning.bench")
+    return int(bench.main(options.arguments) or 0)
+
+
+def _list(options: argparse.Namespace) -> int:
+    from fwp_lightning.attention import catalog
+    from fwp_lightning.experiment import find_project
+
+    _import_user_files(options.imports)
+    parts: dict[str, Sequence[Any]] = {
+        "rules": catalog.rules(),
+        "feature_maps": catalog.feature_maps(),
+        "backends": catalog.backends(),
+        "paper_names": catalog.paper_names(),
+    }
+    listed = {name: [dataclasses.asdict(part) for part in found] for name, found in parts.items()}
+    listed["experiments"] = _list_experiments(find_project())
+    if options.json:
+        print(json.dumps(listed, indent=1, ensure_ascii=False))
+    else:
+        _print_list(listed)
+    return 0
+
+
+def _list_experiments(project: Any) -> list[dict[str, Any]]:
+    from fwp_lightning.experiment import View, experiment_names, load_experiment
+
+    found = []
+    for name in experiment_names(project):
+        experiment = load_experiment(name, project)
+        trained = experiment.parent if isinstance(experiment, View) else experiment
+        found.append(
+            {
+                "name": name,
+                "title": experiment.title,
+                "source": experiment.source,
+                "runs_of": trained.name,
+                "profiles": list(trained.profiles),
+                "protocols": list(trained.protocols),
+            }
+        )
+    return found
+
+
+def _print_list(listed: dict[str, list[dict[str, Any]]]) -> None:
+    _print_columns("experiments", [[e["name"], e["title"], e["source"]] for e in listed["experiments"]])
+    _print_columns("rules", [[part["name"], part["summary"]] for part in listed["rules"]])
+    _print_columns("feature maps", [[part["name"], part["summary"]] for part in listed["feature_maps"]])
+    backends = [
+        [
+            b["name"],
+            ", ".join(b["rules"]),
+            f"available here: {'yes' if b['available'] else 'no, because'} {b['reason']}",
+        ]
+        for b in listed["backends"]
+    ]
+    _print_columns("backends", backends)
+    names = [[p["name"], p["axes"], f"attn_type {p['attn_type']}"] for p in listed["paper_names"]]
+    _print_columns("names in the paper, and attn_type in the released code", names)
+
+
+def _print_columns(title: str, rows: list[list[str]]) -> None:
+    print(f"{title}:")
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print(f"  {'  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()}")
+    print()
+
+
+def _import_user_files(imports: Sequence[str]) -> None:
+    from fwp_lightning.sweep.workers import import_file
+
+    for name in imports:
+        import_file(name)
+
+
+def _run_lightning(arguments: list[str], imports: Sequence[str], typed: Sequence[str]) -> int:
+    from fwp_lightning.experiment import find_project
+    from fwp_lightning.sweep.single import run_single
+    from fwp_lightning.tracking import describe_origin
+
+    project = find_project()
+    _import_user_files(imports)
+    return run_single(arguments, project, describe_origin(project, typed, imports))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

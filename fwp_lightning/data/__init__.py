@@ -1,0 +1,1 @@
+"""LightningDataModules: what is drawn or read, cut into batches."""

@@ -1,0 +1,614 @@
+"""Experiment files: from rows, grids and seeds as the paper names them to runs with exact configurations.
+
+Nothing here imports torch: listing, checking and planning experiments is fast.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fwp_lightning.errors import UserError
+from fwp_lightning.registry import did_you_mean
+
+Config = dict[str, Any]
+
+PROFILES = ("smoke", "short", "paper")
+STATISTICS = ("last", "best")
+BASE_KEYS = ("seed_everything", "trainer", "model", "data")
+EXPERIMENT_KEYS = (
+    "title", "source", "base", "protocol", "seeds", "rows", "grid", "protocols", "profiles", "deviations", "report",
+)  # fmt: skip
+VIEW_KEYS = ("title", "source", "runs_of", "rows", "grid", "profiles", "deviations", "report")
+
+# settings that decide where things are written, what is shown or how data are fetched, never what is computed
+NOT_IN_KEY = {
+    "barebones", "default_root_dir", "enable_checkpointing", "enable_model_summary", "enable_progress_bar", "logger",
+    "log_every_n_steps", "num_workers", "persistent_workers", "pin_memory", "prefetch_factor", "profiler",
+}  # fmt: skip
+PATH_WORDS = {"cache", "dir", "directory", "file", "folder", "path", "root"}
+
+
+@dataclass(frozen=True)
+class Project:
+    """The folders of a project: experiments, results, run folders and the MLflow store."""
+
+    root: Path
+    """Project root, absolute"""
+
+    @property
+    def experiments(self) -> Path:
+        """Folder of the experiment files."""
+        return self.root / "experiments"
+
+    @property
+    def results(self) -> Path:
+        """Folder of the committed CSV files."""
+        return self.root / "results"
+
+    @property
+    def artifacts(self) -> Path:
+        """Folder under which MLflow keeps artifacts."""
+        return self.root / "mlartifacts"
+
+    @property
+    def runs(self) -> Path:
+        """Folder of checkpoints and journals, one folder per run key."""
+        return self.root / "runs"
+
+    @property
+    def store_uri(self) -> str:
+        """Address of the MLflow store: MLFLOW_TRACKING_URI, else mlflow.db in the project root."""
+        return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.root / 'mlflow.db'}"
+
+    @property
+    def store_file(self) -> Path | None:
+        """The SQLite file behind the store, None where the store is a server."""
+        uri = self.store_uri
+        return Path(uri.removeprefix("sqlite:///").split("?")[0]) if uri.startswith("sqlite:///") else None
+
+
+def find_project(start: Path | None = None) -> Project:
+    """Return the project around ``start``: FWP_ROOT, else the nearest parent with pyproject.toml and experiments/."""
+    if named := os.environ.get("FWP_ROOT"):
+        root = Path(named).expanduser().resolve()
+        if not root.is_dir():
+            raise UserError(f"FWP_ROOT={named} is no folder; set it to a project root or unset it.")
+        return Project(root)
+    here = (start or Path.cwd()).resolve()
+    for folder in (here, *here.parents):
+        if (folder / "pyproject.toml").is_file() and (folder / "experiments").is_dir():
+            return Project(folder)
+    return Project(here)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How an experiment is trained and evaluated, as the released code does it or as the text means it."""
+
+    version: int = 1
+    statistic: str = "last"
+    set: Config = field(default_factory=dict)
+    rows: dict[str, Config] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much of an experiment is run: settings, grid, seeds and rows that replace the experiment's own."""
+
+    set: Config = field(default_factory=dict)
+    grid: dict[str, list[Any]] | None = None
+    seeds: list[int] | None = None
+    rows: list[str] | None = None
+    row_grid: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
+    row_set: dict[str, Config] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One table or figure of the paper: named rows over a complete base configuration."""
+
+    name: str
+    base: Config
+    rows: dict[str, Config]
+    protocol: str
+    protocols: dict[str, Protocol]
+    profiles: dict[str, Profile]
+    seeds: list[int]
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    deviations: dict[str, str] = field(default_factory=dict)
+    title: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class ViewFilter:
+    """Which runs of another experiment a view shows; None means all."""
+
+    rows: list[str] | None = None
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class View:
+    """A figure or table made of another experiment's runs."""
+
+    name: str
+    parent: Experiment
+    chosen: ViewFilter
+    profiles: dict[str, ViewFilter]
+    deviations: dict[str, str] = field(default_factory=dict)
+    title: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: its place in the experiment and the exact configuration that LightningCLI gets."""
+
+    experiment: str
+    row: str
+    point: str
+    seed: int
+    profile: str
+    protocol: str
+    version: int
+    config: Config
+    deviations: str = ""
+
+    @property
+    def name(self) -> str:
+        """Return the run's name in MLflow, as in ``figure2/DPFP-1/n_keys=100/seed1``."""
+        return "/".join(part for part in (self.experiment, self.row, self.point, f"seed{self.seed}") if part)
+
+    @cached_property
+    def run_key(self) -> str:
+        """Sixteen hex digits that name the run: equal exactly where nothing that can change its result differs."""
+        place = [self.experiment, self.row, self.point, self.seed, self.profile, self.protocol, self.version]
+        return sha256_of([*place, without_paths(self.config)])[:16]
+
+    @cached_property
+    def config_sha256(self) -> str:
+        """SHA-256 of the resolved configuration."""
+        return sha256_of(self.config)
+
+
+def sha256_of(value: Any) -> str:
+    """Return the SHA-256 of a value's canonical JSON (sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def without_paths(value: Any) -> Any:
+    """Return a configuration without paths and without settings that cannot change a result."""
+    if isinstance(value, dict):
+        return {key: without_paths(item) for key, item in value.items() if not _is_outside_key(key)}
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    return value
+
+
+def _is_outside_key(key: str) -> bool:
+    names_a_path = key != "class_path" and key.split("_")[-1] in PATH_WORDS
+    return key in NOT_IN_KEY or names_a_path
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """YAML as people write it: 1e-3 is a number, and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                where = f"line {key_node.start_mark.line + 1}"
+                raise UserError(f"the key {key_node.value!r} stands twice, again at {where}; keep one of them")
+            seen.add(str(key_node.value))
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: Path) -> Config:
+    """Return the mapping in a YAML file; a missing or broken file is one sentence."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader, see above
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{place} is not YAML: {getattr(error, 'problem', error)}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a mapping of keys to values, not {type(content).__name__}.")
+    return content
+
+
+def experiment_names(project: Project) -> list[str]:
+    """Return the names of all experiments of a project, figures and tables in natural order."""
+    names = [path.stem for path in project.experiments.glob("*.yaml")]
+    return sorted(names, key=natural_key)
+
+
+def natural_key(text: str) -> list[tuple[int, Any]]:
+    """Return a sort key that puts n_keys=60 before n_keys=100.
+
+    >>> sorted(["n=100", "n=60"], key=natural_key)
+    ['n=60', 'n=100']
+    """
+    parts = re.split(r"(\d+(?:\.\d+)?)", text)
+    return [(0, float(part)) if index % 2 else (1, part) for index, part in enumerate(parts)]
+
+
+def load_experiment(name: str, project: Project) -> Experiment | View:
+    """Return the checked experiment or view called ``name``."""
+    known = experiment_names(project)
+    if not known:
+        raise UserError(f"no experiment files in {project.experiments}; run inside the project or set FWP_ROOT.")
+    if name not in known:
+        raise UserError(f"unknown experiment {name!r}. {did_you_mean(name, known)}")
+    path = project.experiments / f"{name}.yaml"
+    content = read_yaml(path)
+    reader = _Reader(f"experiments/{path.name}")
+    if "runs_of" not in content:
+        return reader.experiment(name, content, project)
+    reader.known_keys(content, VIEW_KEYS, "")
+    parent = load_experiment(reader.text(content, "runs_of"), project)
+    if isinstance(parent, View):
+        raise UserError(f"{reader.file}: runs_of: {parent.name} is a view itself; name {parent.parent.name}.")
+    return reader.view(name, content, parent)
+
+
+class _Reader:
+    """Checks one experiment file; each complaint names the file, the place and the value."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def fail(self, place: str, problem: str) -> UserError:
+        return UserError(f"{self.file}: {place + ': ' if place else ''}{problem}")
+
+    def known_keys(self, content: Mapping[str, Any], known: Sequence[str], place: str) -> None:
+        for key in content:
+            if key not in known:
+                raise self.fail(place, f"unknown key {key!r}. {did_you_mean(str(key), list(known))}")
+
+    def text(self, content: Mapping[str, Any], key: str, default: str | None = None) -> str:
+        value = content.get(key, default)
+        if not isinstance(value, str):
+            raise self.fail(key, f"must be a text, not {value!r}." if key in content else "is missing.")
+        return value
+
+    def mapping(self, content: Mapping[str, Any], key: str, place: str = "") -> Config:
+        value = content.get(key)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise self.fail(f"{place}{key}", f"must be a mapping, not {value!r}.")
+        return {str(name): item for name, item in value.items()}
+
+    def seeds(self, content: Mapping[str, Any], place: str) -> list[int] | None:
+        value = content.get("seeds")
+        if value is None:
+            return None
+        numbers = isinstance(value, list) and all(type(seed) is int and seed >= 0 for seed in value)
+        if not numbers or not value or len(set(value)) < len(value):
+            raise self.fail(place, f"must be a list of different whole numbers, as in [1, 2, 3], not {value!r}.")
+        return list(value)
+
+    def grid(self, content: Mapping[str, Any], key: str, place: str = "") -> dict[str, list[Any]]:
+        grid = self.mapping(content, key, place)
+        for name, values in grid.items():
+            if not isinstance(values, list) or not values:
+                raise self.fail(f"{place}{key}.{name}", f"must be a list of values, as in [20, 40], not {values!r}.")
+            if len({json.dumps(value) for value in values}) < len(values):
+                raise self.fail(f"{place}{key}.{name}", f"holds a value twice: {values!r}.")
+        return grid
+
+    def row_names(self, content: Mapping[str, Any], rows: Mapping[str, Any], place: str) -> list[str] | None:
+        value = content.get("rows")
+        if value is None:
+            return None
+        if not isinstance(value, list) or not value:
+            raise self.fail(f"{place}rows", f"must be a list of row names, not {value!r}.")
+        for row in value:
+            self.known_row(str(row), rows, f"{place}rows")
+        return [str(row) for row in value]
+
+    def known_row(self, row: str, rows: Mapping[str, Any], place: str) -> None:
+        if row not in rows:
+            raise self.fail(place, f"unknown row {row!r}. {did_you_mean(row, list(rows))}")
+
+    def overrides(self, content: Mapping[str, Any], key: str, base: Config, place: str = "") -> Config:
+        settings = self.mapping(content, key, place)
+        merge(copy.deepcopy(base), settings, f"{self.file}: {place}{key}")
+        return settings
+
+    def row_overrides(self, content: Mapping[str, Any], key: str, base: Config, rows: Config, place: str) -> Config:
+        by_row = self.mapping(content, key, place)
+        for row in by_row:
+            self.known_row(row, rows, f"{place}{key}")
+            self.overrides(by_row, row, base, f"{place}{key}.")
+        return by_row
+
+    def experiment(self, name: str, content: Config, project: Project) -> Experiment:
+        self.known_keys(content, EXPERIMENT_KEYS, "")
+        base = read_base(project.experiments / self.text(content, "base"))
+        rows = {row: settings or {} for row, settings in self.mapping(content, "rows").items()}
+        if not rows:
+            raise self.fail("rows", "is missing; name at least one row.")
+        for row in rows:
+            self.overrides(rows, row, base, "rows.")
+        protocols = self.protocols(content, base, rows)
+        profiles = self.profiles(content, base, rows)
+        default = self.text(content, "protocol", next(iter(protocols), "released"))
+        protocols = protocols or {default: Protocol()}
+        if default not in protocols:
+            raise self.fail("protocol", f"unknown protocol {default!r}. {did_you_mean(default, list(protocols))}")
+        grid = self.grid(content, "grid")
+        self.grid_keys(grid, base, "grid")
+        return Experiment(
+            name=name,
+            base=base,
+            rows=rows,
+            protocol=default,
+            protocols=protocols,
+            profiles=profiles,
+            seeds=self.seeds(content, "seeds") or [int(base["seed_everything"])],
+            grid=grid,
+            deviations=self.deviations(content, {*protocols, *profiles}),
+            title=self.text(content, "title", ""),
+            source=self.text(content, "source", ""),
+        )
+
+    def protocols(self, content: Config, base: Config, rows: Config) -> dict[str, Protocol]:
+        found = {}
+        for name, settings in self.mapping(content, "protocols").items():
+            place = f"protocols.{name}."
+            settings = settings or {}
+            self.known_keys(settings, ("version", "statistic", "set", "rows"), place[:-1])
+            version, statistic = settings.get("version", 1), settings.get("statistic", "last")
+            if type(version) is not int or version < 1:
+                raise self.fail(f"{place}version", f"must be a whole number from 1, not {version!r}.")
+            if statistic not in STATISTICS:
+                raise self.fail(f"{place}statistic", f"must be last or best, not {statistic!r}.")
+            shared = self.overrides(settings, "set", base, place)
+            by_row = self.row_overrides(settings, "rows", base, rows, place)
+            found[name] = Protocol(version=version, statistic=statistic, set=shared, rows=by_row)
+        return found
+
+    def profiles(self, content: Config, base: Config, rows: Config) -> dict[str, Profile]:
+        found = {}
+        for name, settings in self.mapping(content, "profiles").items():
+            place = f"profiles.{name}."
+            self.known_keys({name: None}, PROFILES, "profiles")
+            settings = settings or {}
+            self.known_keys(settings, tuple(Profile.__dataclass_fields__), place[:-1])
+            grid = self.grid(settings, "grid", place) if "grid" in settings else None
+            self.grid_keys(grid or {}, base, f"{place}grid")
+            row_grid = {}
+            for row in self.mapping(settings, "row_grid", place):
+                self.known_row(row, rows, f"{place}row_grid")
+                row_grid[row] = self.grid(settings["row_grid"], row, f"{place}row_grid.")
+                self.grid_keys(row_grid[row], base, f"{place}row_grid.{row}")
+            found[name] = Profile(
+                set=self.overrides(settings, "set", base, place),
+                grid=grid,
+                seeds=self.seeds(settings, f"{place}seeds"),
+                rows=self.row_names(settings, rows, place),
+                row_grid=row_grid,
+                row_set=self.row_overrides(settings, "row_set", base, rows, place),
+            )
+        return found or {name: Profile() for name in PROFILES}
+
+    def grid_keys(self, grid: Mapping[str, list[Any]], base: Config, place: str) -> None:
+        for key, values in grid.items():
+            merge(copy.deepcopy(base), {key: values[0]}, f"{self.file}: {place}")
+
+    def deviations(self, content: Config, known: set[str]) -> dict[str, str]:
+        sentences = self.mapping(content, "deviations")
+        self.known_keys(sentences, sorted(known), "deviations")
+        return {key: " ".join(str(text).split()) for key, text in sentences.items()}
+
+    def view(self, name: str, content: Config, parent: Experiment) -> View:
+        profiles = {}
+        for profile, settings in self.mapping(content, "profiles").items():
+            place = f"profiles.{profile}."
+            self.known_keys({profile: None}, tuple(parent.profiles), "profiles")
+            self.known_keys(settings or {}, ("rows", "grid"), place[:-1])
+            profiles[profile] = self.view_filter(settings or {}, parent, place)
+        return View(
+            name=name,
+            parent=parent,
+            chosen=self.view_filter(content, parent, ""),
+            profiles=profiles,
+            deviations=self.deviations(content, {*parent.protocols, *parent.profiles}),
+            title=self.text(content, "title", ""),
+            source=self.text(content, "source", ""),
+        )
+
+    def view_filter(self, content: Config, parent: Experiment, place: str) -> ViewFilter:
+        grid = self.grid(content, "grid", place)
+        self.known_keys(grid, tuple(parent.grid), f"{place}grid")
+        return ViewFilter(rows=self.row_names(content, parent.rows, place), grid=grid)
+
+
+def read_base(path: Path) -> Config:
+    """Return a complete LightningCLI configuration."""
+    base = read_yaml(path)
+    for key in BASE_KEYS:
+        if key not in base:
+            raise UserError(f"{path}: the key {key!r} is missing; a base configuration is complete.")
+    for key in base:
+        if key not in BASE_KEYS:
+            raise UserError(f"{path}: unknown key {key!r}. {did_you_mean(str(key), list(BASE_KEYS))}")
+    if type(base["seed_everything"]) is not int:
+        raise UserError(f"{path}: seed_everything={base['seed_everything']!r} must be a whole number.")
+    return base
+
+
+# --- resolving -------------------------------------------------------------------------------------------------------
+
+
+def merge(config: Config, overrides: Mapping[str, Any], place: str) -> None:
+    """Put overrides with dotted keys into ``config``; a key that the base configuration does not have is an error."""
+    for key, value in overrides.items():
+        if key.split(".")[0] == "seed_everything":
+            raise UserError(f"{place}: seed_everything is not set here; use seeds: [{value}].")
+        _set(config, str(key), value, place)
+
+
+def _set(config: Config, key: str, value: Any, place: str) -> None:
+    node: Any = config
+    *parents, last = key.split(".")
+    for depth, part in enumerate([*parents, last]):
+        node = _inside(node, part)
+        if not isinstance(node, dict) or part not in node:
+            known = list(node) if isinstance(node, dict) else []
+            missing = ".".join([*parents, last][: depth + 1])
+            raise UserError(f"{place}: the base configuration has no key {missing!r}. {did_you_mean(part, known)}")
+        if depth < len(parents):
+            node = node[part]
+    current = node[last]
+    if isinstance(value, dict) and isinstance(current, dict) and "class_path" not in value:
+        for name, item in value.items():
+            _set(config, f"{key}.{name}", item, place)
+    elif isinstance(current, dict) and value is not None and not isinstance(value, dict):
+        names = ", ".join(_inside(current, ""))
+        raise UserError(f"{place}: {key} is a group of settings ({names}) and cannot be {value!r}; set one of them.")
+    else:
+        node[last] = copy.deepcopy(value)
+
+
+def _inside(node: Any, part: str) -> Any:
+    """Return the settings of a class when ``node`` names one and ``part`` is not class_path or init_args itself."""
+    names_class = isinstance(node, dict) and "class_path" in node and "init_args" in node
+    return node["init_args"] if names_class and part not in ("class_path", "init_args") else node
+
+
+def resolve_runs(
+    experiment: Experiment | View,
+    *,
+    profile: str = "smoke",
+    protocol: str | None = None,
+    rows: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+) -> list[Run]:
+    """Return the runs of an experiment under a profile and a protocol, rows in file order, then points, then seeds.
+
+    Later wins: base, the protocol's set, the profile's set, the row, the protocol's row, the profile's row, the grid
+    point, the seed.
+    """
+    if isinstance(experiment, View):
+        return _runs_of_view(experiment, profile, protocol, rows, seeds)
+    chosen = _profile(experiment, profile)
+    protocol = protocol or experiment.protocol
+    if protocol not in experiment.protocols:
+        known = did_you_mean(protocol, list(experiment.protocols))
+        raise UserError(f"{experiment.name} has no protocol {protocol!r}. {known}")
+    for row in rows or ():
+        if row not in experiment.rows:
+            raise UserError(f"{experiment.name} has no row {row!r}. {did_you_mean(row, list(experiment.rows))}")
+    offered = experiment.rows if chosen.rows is None else chosen.rows
+    names = [row for row in experiment.rows if row in offered and (rows is None or row in rows)]
+    if not names:
+        raise UserError(f"{experiment.name} has none of the rows {', '.join(rows or ())} in the profile {profile}.")
+    seeds = seeds or chosen.seeds or experiment.seeds
+    return [
+        _resolve(experiment, row, point, seed, profile, protocol)
+        for row in names
+        for point in _points(experiment, chosen, row)
+        for seed in seeds
+    ]
+
+
+def _profile(experiment: Experiment, profile: str) -> Profile:
+    if profile not in experiment.profiles:
+        known = did_you_mean(profile, list(experiment.profiles))
+        raise UserError(f"{experiment.name} has no profile {profile!r}. {known}")
+    return experiment.profiles[profile]
+
+
+def _points(experiment: Experiment, profile: Profile, row: str) -> Iterator[Config]:
+    grid = experiment.grid if profile.grid is None else profile.grid
+    grid = {**grid, **profile.row_grid.get(row, {})}
+    for values in itertools.product(*grid.values()):
+        yield dict(zip(grid, values, strict=True))
+
+
+def _resolve(experiment: Experiment, row: str, point: Config, seed: int, profile: str, protocol: str) -> Run:
+    config = copy.deepcopy(experiment.base)
+    how, scale = experiment.protocols[protocol], experiment.profiles[profile]
+    layers = [how.set, scale.set, experiment.rows[row], how.rows.get(row), scale.row_set.get(row), point]
+    for layer in layers:
+        merge(config, layer or {}, f"{experiment.name}, row {row!r}")
+    config["seed_everything"] = seed
+    sentences = [experiment.deviations.get(key, "") for key in (profile, protocol)]
+    return Run(
+        experiment=experiment.name,
+        row=row,
+        point=point_name(point),
+        seed=seed,
+        profile=profile,
+        protocol=protocol,
+        version=how.version,
+        config=config,
+        deviations=" ".join(sentence for sentence in sentences if sentence),
+    )
+
+
+def point_name(point: Mapping[str, Any]) -> str:
+    """Return a grid point as it stands in tables.
+
+    >>> point_name({"data.n_keys": 100})
+    'n_keys=100'
+    """
+    return ", ".join(f"{key.split('.')[-1]}={_plain(value)}" for key, value in point.items())
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _runs_of_view(
+    view: View,
+    profile: str,
+    protocol: str | None,
+    rows: Sequence[str] | None,
+    seeds: Sequence[int] | None,
+) -> list[Run]:
+    own = view.profiles.get(profile, ViewFilter())
+    shown = own.rows or view.chosen.rows or list(view.parent.rows)
+    for row in rows or ():
+        if row not in shown:
+            raise UserError(f"{view.name} has no row {row!r}. {did_you_mean(row, shown)}")
+    grid = {**view.chosen.grid, **own.grid}
+    runs = resolve_runs(view.parent, profile=profile, protocol=protocol, rows=rows or shown, seeds=seeds)
+    wanted = [{point_name({key: value}) for value in values} for key, values in grid.items()]
+    kept = [run for run in runs if all(names & set(run.point.split(", ")) for names in wanted)]
+    if not kept:
+        asked = " and ".join(" or ".join(sorted(names, key=natural_key)) for names in wanted)
+        raise UserError(
+            f"{view.name} shows {asked}, but {view.parent.name} has no such point in the {profile} profile."
+        )
+    return kept

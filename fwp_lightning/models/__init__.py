@@ -1,0 +1,1 @@
+"""Networks: attention in context, without losses or optimisers."""

@@ -1,0 +1,59 @@
+"""Named collections of interchangeable parts: rules, feature maps, backends.
+
+>>> COLOURS = Registry("colour")
+>>> @COLOURS.register("red")
+... class Red: ...
+>>> COLOURS["red"] is Red
+True
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """Return the sentence that answers an unknown name: the nearest known one, then all of them."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"Did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Known: {', '.join(known)}."
+
+
+class Registry(Generic[T]):
+    """A mapping from names, as they are written in YAML, to parts; a name is taken once."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._parts: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Return a decorator that stores its argument under ``name``; raise ``ValueError`` if the name is taken."""
+
+        def store(part: T) -> T:
+            known = self._parts.get(name)
+            # a module that is imported twice (once per import path) defines the same part again
+            same = known is not None and getattr(known, "__qualname__", known) == getattr(part, "__qualname__", part)
+            if known is not None and not same:
+                raise ValueError(f"the {self.kind} {name!r} is already registered, by {known!r}; choose another name")
+            self._parts[name] = part
+            return part
+
+        return store
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._parts:
+            raise ValueError(f"unknown {self.kind} {name!r}. {did_you_mean(name, list(self))}")
+        return self._parts[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)

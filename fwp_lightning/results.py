@@ -1,0 +1,410 @@
+"""The only reader of MLflow: tracked runs become tidy CSV files, checked before they are written."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fwp_lightning.errors import UserError, sentence_of
+from fwp_lightning.experiment import Project, Run, View, load_experiment, natural_key, resolve_runs
+from fwp_lightning.tracking import is_alive
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run as MlflowRun
+
+Row = dict[str, str]
+Point = tuple[str, str, int, float]  # split, metric, step, value
+
+RUN_COLUMNS = (
+    "run_key", "experiment", "row", "point", "seed", "profile", "protocol", "status", "version", "rule", "feature_map",
+    "phi_norm", "attention_norm", "backend", "n_params", "state", "wall_seconds", "steps", "tokens", "peak_memory_mb",
+    "device", "precision", "git_commit", "git_dirty", "config_sha256", "data_sha256", "python", "torch", "lightning",
+    "command", "deviations",
+)  # fmt: skip
+METRIC_COLUMNS = ("run_key", "split", "metric", "step", "value")
+# columns that hold a metric of the MLflow run, the others are its tags
+MEASURED_COLUMNS = ("wall_seconds", "steps", "tokens", "peak_memory_mb")
+PLACE = ("experiment", "row", "point", "seed", "profile", "protocol")
+STATUSES = ("complete", "diverged", "failed")
+# derived from the curves, for MLflow's table
+SUMMARY_SPLITS = ("final", "best")
+# csv fields longer than this are a sign of a broken file
+csv.field_size_limit(1_000_000)
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """A tracked run as it stands in the store."""
+
+    run_id: str
+    run_key: str
+    status: str
+    started: int
+    tags: dict[str, str]
+    metrics: dict[str, float]
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """Return what the run is a run of: experiment, row, point, seed, profile, protocol."""
+        return tuple(self.tags.get(key, "") for key in PLACE)
+
+    @property
+    def outcome(self) -> str:
+        """Return complete, diverged, failed, running or interrupted."""
+        if self.tags.get("complete") == "true":
+            return "diverged" if self.tags.get("diverged") else "complete"
+        if self.status == "RUNNING":
+            return "running" if is_alive(self.tags.get("fwp.process", "")) else "interrupted"
+        return "failed" if self.status == "FAILED" else "interrupted"
+
+
+# --- reading the store -----------------------------------------------------------------------------------------------
+
+
+def read_store(client: MlflowClient) -> list[StoredRun]:
+    """Return every run of the store that the suite recorded, the oldest first, one per run key."""
+    homes = [experiment.experiment_id for experiment in client.search_experiments()]
+    found: list[StoredRun] = []
+    token: str | None = None
+    while homes:
+        page = client.search_runs(homes, "tags.run_key != ''", max_results=1000, page_token=token)
+        found.extend(_stored(run) for run in page)
+        token = page.token
+        if not token:
+            break
+    by_key: dict[str, StoredRun] = {}
+    for run in sorted(found, key=lambda run: (run.outcome in ("complete", "diverged"), run.started)):
+        by_key[run.run_key] = run
+    return sorted(by_key.values(), key=lambda run: run.started)
+
+
+def _stored(run: MlflowRun) -> StoredRun:
+    return StoredRun(
+        run_id=run.info.run_id,
+        run_key=run.data.tags["run_key"],
+        status=run.info.status,
+        started=run.info.start_time or 0,
+        tags=run.data.tags,
+        metrics=run.data.metrics,
+    )
+
+
+def outcomes(client: MlflowClient) -> dict[str, str]:
+    """Return the outcome of every run key in the store."""
+    return {run.run_key: run.outcome for run in read_store(client)}
+
+
+def read_points(client: MlflowClient, run_ids: Sequence[str]) -> dict[str, list[Point]]:
+    """Return the curves of runs, one value per split, metric and step: of repeated points the last recorded."""
+    latest: dict[str, dict[tuple[str, str, int], tuple[int, float]]] = defaultdict(dict)
+    for run_id, key, step, at, value in _history(client, run_ids):
+        split, slash, metric = key.partition("/")
+        if not slash or split in SUMMARY_SPLITS:
+            continue
+        place = (split, metric, step)
+        if place not in latest[run_id] or latest[run_id][place][0] <= at:
+            latest[run_id][place] = (at, value)
+    return {
+        run_id: sorted((*place, value) for place, (_, value) in points.items()) for run_id, points in latest.items()
+    }
+
+
+def _history(client: MlflowClient, run_ids: Sequence[str]) -> Iterator[tuple[str, str, int, int, float]]:
+    """Return (run_id, key, step, timestamp, value): from the database in bulk, from a server run by run."""
+    store = client._tracking_client.store
+    if not hasattr(store, "ManagedSessionMaker"):
+        yield from _history_from_server(client, run_ids)
+        return
+    from mlflow.store.tracking.dbmodels.models import SqlMetric
+
+    columns = (
+        SqlMetric.run_uuid,
+        SqlMetric.key,
+        SqlMetric.step,
+        SqlMetric.timestamp,
+        SqlMetric.value,
+        SqlMetric.is_nan,
+    )
+    with store.ManagedSessionMaker() as session:
+        for start in range(0, len(run_ids), 500):
+            chosen: Any = SqlMetric.run_uuid.in_(run_ids[start : start + 500])
+            for run_id, key, step, at, value, is_nan in session.query(*columns).filter(chosen):
+                yield run_id, key, step, at, math.nan if is_nan else value
+
+
+def _history_from_server(client: MlflowClient, run_ids: Sequence[str]) -> Iterator[tuple[str, str, int, int, float]]:
+    for run_id in run_ids:
+        for key in client.get_run(run_id).data.metrics:
+            for metric in client.get_metric_history(run_id, key):
+                yield run_id, key, metric.step, metric.timestamp, metric.value
+
+
+# --- export ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Export:
+    """What an export did."""
+
+    exported: int
+    total: int
+    superseded: int
+    changed: bool
+
+    def sentence(self) -> str:
+        """Return the export in one line."""
+        replaced = f", {self.superseded} of a former configuration replaced" if self.superseded else ""
+        change = "" if self.changed else "; nothing changed"
+        return f"exported {self.exported} runs to results/ ({self.total} in runs.csv{replaced}){change}"
+
+
+def export(client: MlflowClient, project: Project) -> Export:
+    """Merge the store's ended runs into results/runs.csv and metrics.csv.
+
+    Rows of runs that the store does not hold stay. A run replaces the rows of its own key, and those of an older run
+    of the same experiment, row, point, seed, profile and protocol: a changed configuration is measured anew.
+    """
+    runs_file, metrics_file = project.results / "runs.csv", project.results / "metrics.csv"
+    old_runs, old_metrics = read_runs(runs_file), read_metrics(metrics_file)
+    ended = _newest(run for run in read_store(client) if run.outcome in STATUSES and run.tags.get("profile"))
+    rows = [_run_row(run) for run in ended]
+    keys, places = {run.run_key for run in ended}, {run.place for run in ended}
+    others = [row for row in old_runs if row["run_key"] not in keys]
+    kept = [row for row in others if tuple(row[column] for column in PLACE) not in places]
+    runs = sorted([*kept, *rows], key=_run_order)
+
+    kept_keys = {row["run_key"] for row in kept}
+    points = read_points(client, [run.run_id for run in ended])
+    metrics = [row for row in old_metrics if row["run_key"] in kept_keys]
+    for run in ended:
+        metrics.extend(_metric_rows(run.run_key, points.get(run.run_id, [])))
+    metrics.sort(key=_metric_order)
+
+    # a reader between the two writes finds points of unknown runs, never runs without points
+    changed = [_write_csv(metrics_file, METRIC_COLUMNS, metrics), _write_csv(runs_file, RUN_COLUMNS, runs)]
+    return Export(len(rows), len(runs), len(others) - len(kept), any(changed))
+
+
+def _newest(runs: Iterable[StoredRun]) -> list[StoredRun]:
+    """Return one run per place: the newest that ended well, else the newest."""
+    by_place: dict[tuple[str, ...], StoredRun] = {}
+    for run in sorted(runs, key=lambda run: (run.outcome != "failed", run.started)):
+        by_place[run.place] = run
+    return list(by_place.values())
+
+
+def _run_row(run: StoredRun) -> Row:
+    row = {column: run.tags.get(column, "") for column in RUN_COLUMNS}
+    row |= {column: format_number(run.metrics[column]) for column in MEASURED_COLUMNS if column in run.metrics}
+    return row | {"run_key": run.run_key, "status": run.outcome}
+
+
+def _metric_rows(run_key: str, points: Iterable[Point]) -> Iterator[Row]:
+    for split, metric, step, value in points:
+        yield {"run_key": run_key, "split": split, "metric": metric, "step": str(step), "value": format_number(value)}
+
+
+def format_number(value: float) -> str:
+    """Return a number as it stands in a CSV file, nine significant digits.
+
+    >>> format_number(100.0), format_number(0.1 + 0.2), format_number(float("nan"))
+    ('100', '0.3', 'nan')
+    """
+    # MLflow stores infinities as the largest double
+    if abs(value) > 1.7e308:
+        return "inf" if value > 0 else "-inf"
+    return f"{value:.9g}" if abs(value) < 1e9 or value != int(value) else str(int(value))
+
+
+def _run_order(row: Row) -> tuple[Any, ...]:
+    place = (row["experiment"], row["profile"], row["protocol"], row["row"], row["point"], row["seed"], row["run_key"])
+    return tuple(natural_key(text) for text in place)
+
+
+def _metric_order(row: Row) -> tuple[str, str, str, int]:
+    return row["run_key"], row["split"], row["metric"], int(row["step"])
+
+
+# --- the CSV files ---------------------------------------------------------------------------------------------------
+
+
+def read_runs(path: Path) -> list[Row]:
+    """Return the checked rows of a runs.csv, none where there is no file."""
+    rows = _read_csv(path, RUN_COLUMNS, ("run_key",))
+    for number, row in enumerate(rows, start=2):
+        if row["status"] not in STATUSES:
+            raise UserError(f"{path}, line {number}: status {row['status']!r} is none of {', '.join(STATUSES)}.")
+    return rows
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """Return the checked rows of a metrics.csv, none where there is no file."""
+    rows = _read_csv(path, METRIC_COLUMNS, ("run_key", "split", "metric", "step"))
+    for number, row in enumerate(rows, start=2):
+        try:
+            int(row["step"])
+            float(row["value"])
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}.") from error
+    return rows
+
+
+def _read_csv(path: Path, columns: Sequence[str], key: Sequence[str]) -> list[Row]:
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file, strict=True)
+            header = reader.fieldnames or []
+            rows = list(reader)
+    except (OSError, csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {sentence_of(error)}.") from error
+    missing = [column for column in columns if column not in header]
+    extra = [column for column in header if column not in columns]
+    if missing or extra:
+        wrong = f"lacks the column {missing[0]!r}" if missing else f"has an unknown column {extra[0]!r}"
+        raise UserError(f"{path} {wrong}; results/README.md names the columns.")
+    seen: set[tuple[str, ...]] = set()
+    for number, row in enumerate(rows, start=2):
+        if None in row or None in row.values():
+            raise UserError(f"{path}, line {number}: {len(columns)} fields are expected; the line is damaged.")
+        name = tuple(row[column] for column in key)
+        if name in seen:
+            raise UserError(f"{path}, line {number}: {', '.join(key)} = {', '.join(name)} stands twice; keep one.")
+        seen.add(name)
+    return rows
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> bool:
+    """Write rows through a temporary file; return whether the content is new."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    content = buffer.getvalue().encode()
+    if path.exists() and path.read_bytes() == content:
+        return False
+    partial = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(partial).chmod(0o644)
+        os.replace(partial, path)
+    except OSError as error:
+        if partial:
+            Path(partial).unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error.strerror}; it is as before.") from error
+    return True
+
+
+# --- what is done, and what it took ----------------------------------------------------------------------------------
+
+
+@dataclass
+class RowStatus:
+    """How far one row of an experiment is under a profile and a protocol."""
+
+    experiment: str
+    profile: str
+    protocol: str
+    row: str
+    total: int = 0
+    complete: int = 0
+    diverged: int = 0
+    failed: int = 0
+    running: int = 0
+    interrupted: int = 0
+
+    @property
+    def done(self) -> int:
+        """Return the number of runs that ended, diverged ones among them."""
+        return self.complete + self.diverged
+
+
+def count_rows(runs: Iterable[Run], known: dict[str, str]) -> list[RowStatus]:
+    """Return one line per row of the planned ``runs``, counting what ``known`` says of their keys."""
+    lines: dict[tuple[str, ...], RowStatus] = {}
+    for run in runs:
+        place = (run.experiment, run.profile, run.protocol, run.row)
+        line = lines.setdefault(place, RowStatus(*place))
+        line.total += 1
+        if outcome := known.get(run.run_key):
+            setattr(line, outcome, getattr(line, outcome) + 1)
+    return list(lines.values())
+
+
+def measured_seconds(client: MlflowClient | None, project: Project) -> list[Row]:
+    """Return the ended runs of the store and of results/runs.csv that say how long they took."""
+    rows = read_runs(project.results / "runs.csv")
+    if client is not None:
+        rows += [_run_row(run) for run in read_store(client) if run.outcome in ("complete", "diverged")]
+    return [row for row in rows if row["wall_seconds"]]
+
+
+class Estimate:
+    """Seconds that a run will take, from runs of the same experiment and profile that were measured."""
+
+    def __init__(self, measured: Iterable[Row]) -> None:
+        self._by_row: dict[tuple[str, ...], list[tuple[str, float]]] = defaultdict(list)
+        for row in measured:
+            place = (row["experiment"], row["profile"], row["row"])
+            self._by_row[place].append((row["point"], float(row["wall_seconds"])))
+
+    def add(self, run: Run, seconds: float) -> None:
+        """Take a run into account that has just ended."""
+        self._by_row[run.experiment, run.profile, run.row].append((run.point, seconds))
+
+    def seconds(self, run: Run) -> float | None:
+        """Return the mean of the nearest measured grid point, of the run's own row if it has any; None if unknown."""
+        measured = self._by_row.get((run.experiment, run.profile, run.row)) or [
+            pair
+            for (experiment, profile, _), pairs in self._by_row.items()
+            if (experiment, profile) == (run.experiment, run.profile)
+            for pair in pairs
+        ]
+        if not measured:
+            return None
+        nearest = min(_distance(point, run.point) for point, _ in measured)
+        times = [seconds for point, seconds in measured if _distance(point, run.point) == nearest]
+        return sum(times) / len(times)
+
+
+def _distance(one: str, other: str) -> float:
+    """Return how far two grid points lie apart: the sum of the log ratios of their numbers."""
+    far = 0.0
+    for (kind, left), (_, right) in zip(natural_key(one), natural_key(other), strict=False):
+        if kind == 0 and isinstance(left, float) and isinstance(right, float):
+            far += abs(math.log((left + 1e-9) / (right + 1e-9)))
+        else:
+            far += float(left != right)
+    return far
+
+
+def project_status(client: MlflowClient, project: Project, names: Iterable[str]) -> list[RowStatus]:
+    """Return how far the rows of experiments are, for every profile and protocol with at least one tracked run."""
+    stored = read_store(client)
+    known = {run.run_key: run.outcome for run in stored}
+    tracked = {(run.tags.get("experiment"), run.tags.get("profile"), run.tags.get("protocol")) for run in stored}
+    lines = []
+    for name in names:
+        experiment = load_experiment(name, project)
+        if isinstance(experiment, View):
+            continue
+        for profile in experiment.profiles:
+            for protocol in experiment.protocols:
+                if (name, profile, protocol) in tracked:
+                    lines += count_rows(resolve_runs(experiment, profile=profile, protocol=protocol), known)
+    return lines

@@ -1,0 +1,313 @@
+"""Sweeps: the runs of experiments that are not complete yet, trained by worker processes, exported at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fwp_lightning.errors import UserError, sentence_of
+from fwp_lightning.experiment import Project, Run
+from fwp_lightning.results import Estimate, count_rows, export, measured_seconds, outcomes
+from fwp_lightning.sweep.progress import Display, console, display_for, duration, rows_table
+from fwp_lightning.sweep.workers import Outcome, Pool, Settings, Worker
+from fwp_lightning.tracking import Origin, close_dead_runs, deliver_journals, is_locked, open_store
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+DONE = ("complete", "diverged")
+CHECKPOINT_SECONDS = 30.0
+# a run may take this long to end its epoch and save when the sweep is stopped
+PATIENCE_SECONDS = 30.0
+POLL_SECONDS = 0.25
+ELSEWHERE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep has before it: the runs asked for and those of them that are still to be trained."""
+
+    runs: list[Run]
+    pending: list[Run]
+    known: dict[str, str]
+    estimate: Estimate
+
+    @property
+    def done(self) -> int:
+        """Number of runs that are complete already."""
+        return len(self.runs) - len(self.pending)
+
+    def seconds(self, jobs: int) -> float | None:
+        """Return how long the pending runs will take, None if no run like them was ever measured."""
+        return seconds_for(self.pending, self.estimate, jobs)
+
+
+def plan_sweep(runs: Iterable[Run], client: MlflowClient | None, project: Project) -> Plan:
+    """Return which of ``runs`` are pending, the longest first."""
+    unique = list({run.run_key: run for run in runs}.values())
+    known = outcomes(client) if client is not None else {}
+    estimate = Estimate(measured_seconds(client, project))
+    pending = [run for run in unique if known.get(run.run_key) not in DONE]
+    pending.sort(key=lambda run: _expected_cost(run, estimate), reverse=True)
+    return Plan(unique, pending, known, estimate)
+
+
+def _expected_cost(run: Run, estimate: Estimate) -> tuple[float, float]:
+    """Return measured seconds, and for runs nobody measured the size of their grid point."""
+    size = 1.0
+    for part in run.point.split(", "):
+        with contextlib.suppress(ValueError):
+            size *= float(part.rpartition("=")[2])
+    return estimate.seconds(run) or 0.0, size
+
+
+def seconds_for(runs: Sequence[Run], estimate: Estimate, jobs: int) -> float | None:
+    """Return the time of ``runs`` on ``jobs`` workers; those nobody measured count as the mean of the others."""
+    measured = [seconds for run in runs if (seconds := estimate.seconds(run)) is not None]
+    if not measured:
+        return None
+    whole = sum(measured) * len(runs) / len(measured)
+    return max(whole / max(1, min(jobs, len(runs))), max(measured))
+
+
+def default_jobs(runs: Iterable[Run]) -> int:
+    """Return one worker per core for runs on the CPU, one in all as soon as a run may take an accelerator."""
+    if any(run.config["trainer"].get("accelerator") != "cpu" for run in runs):
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def show_plan(runs: Iterable[Run], project: Project, jobs: int | None) -> None:
+    """Print the runs of a sweep, how many are complete and how long the others will take."""
+    # a dry run makes no store
+    absent = project.store_file is not None and not project.store_file.exists()
+    plan = plan_sweep(runs, None if absent else open_store(project), project)
+    jobs = jobs or default_jobs(plan.runs)
+    out = console()
+    for run in plan.runs:
+        seconds = plan.estimate.seconds(run)
+        state = plan.known.get(run.run_key, "new")
+        expected = f", about {duration(seconds)}" if seconds is not None and state not in DONE else ""
+        out.print(f"{run.run_key}  {run.name}  [{state}{expected}]", markup=False, soft_wrap=True)
+    left = plan.seconds(jobs)
+    cost = f"about {duration(left)} with {jobs} jobs" if left is not None else "no such run was measured yet"
+    cost = cost if plan.pending else "nothing to train"
+    out.print(f"{len(plan.runs)} runs, {plan.done} complete, {len(plan.pending)} to train: {cost}", markup=False)
+
+
+def run_sweep(
+    runs: Iterable[Run],
+    project: Project,
+    origin: Origin,
+    *,
+    jobs: int | None = None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+) -> int:
+    """Train every run that is not complete, export the results and return the exit code.
+
+    0: all runs ended (diverged ones among them); 1: some failed; 130 or 143: stopped by Ctrl-C or SIGTERM.
+    """
+    _require_folders(project)
+    client = open_store(project)
+    out = console()
+    if journals := deliver_journals(client, project):
+        out.print(f"delivered the journals of {journals} runs")
+    close_dead_runs(client, project)
+    plan = plan_sweep(runs, client, project)
+    jobs = max(1, min(jobs or default_jobs(plan.runs), len(plan.pending) or 1))
+    sweep = Sweep(plan, project, Pool(Settings(project, origin, checkpoint_seconds)), jobs)
+    if plan.pending:
+        display = display_for(out)
+        display.line(f"{len(plan.runs)} runs, {plan.done} complete, {len(plan.pending)} to train with {jobs} jobs")
+        with _signals_stop(sweep):
+            sweep.train(display)
+        deliver_journals(client, project)
+        close_dead_runs(client, project)
+    out.print(rows_table(count_rows(plan.runs, {**plan.known, **sweep.outcomes()})))
+    for run, outcome in sweep.failures():
+        out.print(f"failed: {run.name}: {outcome.message}", markup=False, soft_wrap=True)
+    if sweep.failures():
+        out.print("tracebacks: artifact traceback.txt of each failed run")
+    out.print(export(client, project).sentence())
+    if sweep.signal is not None:
+        out.print(f"stopped; {len(sweep.unfinished())} runs go on with the next sweep")
+        return 128 + sweep.signal
+    return 1 if sweep.failures() else 0
+
+
+def _require_folders(project: Project) -> None:
+    """Refuse to start where runs or results cannot be written: better now than after hours."""
+    for folder in (project.runs, project.results):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".probe{os.getpid()}"
+            probe.write_bytes(b"\0" * 4096)
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"{folder} cannot be written: {sentence_of(error)}; make room or change its rights."
+            ) from error
+
+
+@contextlib.contextmanager
+def _signals_stop(sweep: Sweep) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM stop the sweep in order; the second one ends the workers at once."""
+    names = (signal.SIGINT, signal.SIGTERM)
+    former = {name: signal.signal(name, sweep.stop) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in former.items():
+            signal.signal(name, handler)
+
+
+class Sweep:
+    """Hands pending runs to workers until none is left."""
+
+    def __init__(self, plan: Plan, project: Project, pool: Pool, jobs: int) -> None:
+        self.plan = plan
+        self.project = project
+        self.pool = pool
+        self.jobs = jobs
+        self.signal: int | None = None
+        self.ended: dict[str, Outcome] = {}
+        self.waiting = deque(plan.pending)
+        self.elsewhere: dict[str, tuple[Run, float]] = {}
+        self._by_key = {run.run_key: run for run in plan.pending}
+        self._stopped_at = 0.0
+        self._display: Display | None = None
+
+    # --- what came out
+
+    def outcomes(self) -> dict[str, str]:
+        """Return the outcome of every run of this sweep, in the words of the store."""
+        words = {"stopped": "interrupted", "done before": "complete", "busy": "running"}
+        return {key: words.get(outcome.status, outcome.status) for key, outcome in self.ended.items()}
+
+    def failures(self) -> list[tuple[Run, Outcome]]:
+        """Return the runs that failed."""
+        return [(self._by_key[key], outcome) for key, outcome in self.ended.items() if outcome.status == "failed"]
+
+    def unfinished(self) -> list[Run]:
+        """Return the runs that neither completed nor failed."""
+        ended = {key for key, outcome in self.ended.items() if outcome.status != "stopped"}
+        return [run for run in self.plan.pending if run.run_key not in ended]
+
+    # --- what goes on
+
+    def stop(self, number: int, _: Any = None) -> None:
+        """Stop in order; called twice, at once."""
+        if self.signal is not None:
+            self._stopped_at = -PATIENCE_SECONDS
+            return
+        self.signal, self._stopped_at = number, time.monotonic()
+        self.pool.stop()
+
+    def train(self, display: Display) -> None:
+        """Check one run of every row, then train all that are pending."""
+        self._display = display
+        try:
+            self.pool.start(self.jobs)
+            self._check_rows()
+            while self.signal is None and (self.waiting or self.elsewhere or self.pool.busy()):
+                self._hand_out()
+                self._take_in(POLL_SECONDS)
+                self._show()
+            self._await_stopped()
+        finally:
+            display.close()
+            self.pool.close(0 if self._stopped_at < 0 else 5)
+
+    def _check_rows(self) -> None:
+        """Build every row on the meta device; rows that cannot be built end the sweep before anything trains."""
+        # the last pending run of a row is its smallest
+        to_check = list({(run.experiment, run.row): run for run in self.plan.pending}.values())
+        problems: list[str] = []
+        while self.signal is None and (to_check or self.pool.busy()):
+            for worker in self.pool.idle():
+                if to_check:
+                    self.pool.give(worker, "check", to_check.pop())
+            for worker, kind, content in self.pool.messages(POLL_SECONDS):
+                if kind in ("broken", "died"):
+                    raise UserError(str(content) if kind == "broken" else f"a worker died at its start ({content})")
+                if kind == "checked":
+                    worker.run = None
+                    problems.extend([content] if content else [])
+            if not self.pool.busy() and not self.pool.workers:
+                raise UserError("no worker is left")
+        if problems:
+            count = f"{len(problems)} rows cannot be built; " if len(problems) > 1 else ""
+            raise UserError(f"{count}{'; '.join(sorted(problems))}")
+
+    def _hand_out(self) -> None:
+        """Give every idle worker the longest run that nobody else trains."""
+        for worker in self.pool.idle():
+            run = self._next()
+            if run is None:
+                return
+            self.pool.give(worker, "train", run)
+
+    def _next(self) -> Run | None:
+        now = time.monotonic()
+        while self.waiting:
+            run = self.waiting.popleft()
+            if not is_locked(self.project, run.run_key):
+                return run
+            self.elsewhere[run.run_key] = (run, now)
+        for key, (run, asked) in self.elsewhere.items():
+            if now - asked >= ELSEWHERE_SECONDS:
+                if not is_locked(self.project, key):
+                    del self.elsewhere[key]
+                    return run
+                self.elsewhere[key] = (run, now)
+        return None
+
+    def _take_in(self, seconds: float) -> None:
+        for worker, kind, content in self.pool.messages(seconds):
+            if kind == "ended" and worker.run is not None:
+                run, worker.run = worker.run, None
+                self._note(run, content)
+            elif kind == "died":
+                self._replace(worker, content)
+            elif kind == "broken":
+                raise UserError(content)
+
+    def _note(self, run: Run, outcome: Outcome) -> None:
+        if outcome.status == "busy":
+            self.elsewhere[run.run_key] = (run, time.monotonic())
+            return
+        self.ended[run.run_key] = outcome
+        if outcome.status in DONE:
+            self.plan.estimate.add(run, outcome.seconds)
+        self._show()
+        assert self._display is not None
+        said = f": {outcome.message}" if outcome.message else ""
+        text = f"{outcome.status}: {run.name}, {duration(outcome.seconds)}{said}"
+        self._display.ended(run, text, notable=outcome.status in ("failed", "diverged"))
+
+    def _replace(self, worker: Worker, exit_code: int | None) -> None:
+        """Take note of a worker that died, and start another one."""
+        if worker.run is not None:
+            reason = f"its process died (exit code {exit_code}; -9 often means that memory ran out)"
+            self._note(worker.run, Outcome(worker.run.run_key, "failed", time.monotonic() - worker.since, reason))
+        if self.signal is None and (self.waiting or self.elsewhere):
+            self.pool.start(1)
+
+    def _await_stopped(self) -> None:
+        """After a signal, let the runs that train end their epoch and save."""
+        while self.pool.busy() and time.monotonic() - self._stopped_at < PATIENCE_SECONDS and self._stopped_at >= 0:
+            self._take_in(POLL_SECONDS)
+
+    def _show(self) -> None:
+        running = [worker.run for worker in self.pool.busy() if worker.run is not None]
+        done = self.plan.done + sum(outcome.status in (*DONE, "done before") for outcome in self.ended.values())
+        left = seconds_for([*running, *self.waiting], self.plan.estimate, self.jobs)
+        elapsed = sum(time.monotonic() - worker.since for worker in self.pool.busy()) / self.jobs
+        assert self._display is not None
+        self._display.update(done, len(self.plan.runs), None if left is None else max(0.0, left - elapsed), running)

@@ -1,0 +1,159 @@
+"""`fwp fit`, `validate` and `test`: LightningCLI as it is, with tracking and checkpoints in the run's folder."""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from fwp_lightning.errors import UserError
+from fwp_lightning.experiment import Project, Run, sha256_of
+from fwp_lightning.sweep.training import (
+    CHECKPOINT_SECONDS,
+    ExactCheckpoint,
+    Measurements,
+    TrackingLogger,
+    divergence_of,
+    first_cause,
+    save_checkpoint,
+    steps_of,
+)
+from fwp_lightning.tracking import Origin, RunRecorder, open_store, params_of, run_folder, tags_of
+
+
+class SingleCLI(LightningCLI):
+    """LightningCLI that records its run in the project's store; a run resumed with --ckpt_path stays the same run."""
+
+    def __init__(self, arguments: list[str], project: Project, origin: Origin) -> None:
+        """Parse and run."""
+        self.project, self.origin = project, origin
+        self.recorder: RunRecorder | None = None
+        self.measurements: Measurements | None = None
+        refuse = {"exit_on_error": False}
+        super().__init__(
+            args=arguments,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": "fwp", **refuse, **{name: dict(refuse) for name in self.subcommands()}},
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the subcommands and the arguments of the trainer that they do not show."""
+        known = LightningCLI.subcommands()
+        return {name: known[name] for name in ("fit", "validate", "test")}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the command line; a wrong option is one sentence."""
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise UserError(f"{first_cause(error)}; see: fwp {args[0]} --help") from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Return a trainer that logs to the store and saves to the folder of the run."""
+        config = self._get(self.config_init, "trainer", default={})
+        self.recorder = self._start_recorder()
+        self.measurements = Measurements(self.recorder)
+        callbacks = [
+            ExactCheckpoint(self.recorder.folder, seconds=CHECKPOINT_SECONDS, stop=lambda: None),
+            self.measurements,
+        ]
+        own = {
+            "logger": TrackingLogger(self.recorder),
+            "default_root_dir": str(self.recorder.folder),
+            "enable_checkpointing": False,
+        }
+        return self._instantiate_trainer({**config, **own, **kwargs}, callbacks)
+
+    def _start_recorder(self) -> RunRecorder:
+        subcommand = str(self.subcommand)
+        self._dump_config()
+        config: dict[str, Any] = json.loads(json.dumps(self.config_dump, default=str))
+        checkpoint = config.pop("ckpt_path", None)
+        header = _header_beside(checkpoint) if subcommand == "fit" else None
+        run = Run(
+            experiment=subcommand,
+            row=str(config["model"]["class_path"]).rsplit(".", 1)[-1],
+            point="",
+            seed=int(config.get("seed_everything") or 0),
+            profile="",
+            protocol="",
+            version=1,
+            config=config,
+        )
+        tags = tags_of(run, self.origin)
+        key = header["tags"]["run_key"] if header else sha256_of([run.run_key, time.time_ns()])[:16]
+        recorder = RunRecorder(
+            open_store(self.project),
+            self.project,
+            run_key=key,
+            experiment=subcommand,
+            name=run.name,
+            tags={**tags, "run_key": key},
+        )
+        (recorder.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        texts = {
+            "config.yaml": yaml.safe_dump(config, sort_keys=False),
+            "environment.json": self.origin.environment,
+            "git.diff": self.origin.git_diff,
+        }
+        recorder.start(params_of(config), {name: text for name, text in texts.items() if text})
+        return recorder
+
+
+def _header_beside(checkpoint: Any) -> Mapping[str, Any] | None:
+    """Return what is known of the run that a checkpoint belongs to."""
+    file = Path(str(checkpoint)).parent / "run.json" if checkpoint else None
+    return json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else None
+
+
+def run_single(arguments: list[str], project: Project, origin: Origin) -> int:
+    """Run one LightningCLI command with tracking; return the exit code."""
+    # the constructor trains; a failure in it must still reach the recorder
+    cli = SingleCLI.__new__(SingleCLI)
+    cli.recorder = None
+    try:
+        cli.__init__(arguments, project, origin)  # type: ignore[misc]
+    except BaseException as error:
+        if cli.recorder is not None:
+            _record_failure(cli.recorder, error)
+        if isinstance(error, ValueError):
+            raise UserError(first_cause(error)) from error
+        raise
+    _record_success(cli, arguments[0])
+    return 0
+
+
+def _record_failure(recorder: RunRecorder, error: BaseException) -> None:
+    stopped = isinstance(error, KeyboardInterrupt | SIGTERMException | SystemExit)
+    if not stopped:
+        recorder.log_text("traceback.txt", "".join(traceback.format_exception(error)))
+    recorder.finish("KILLED" if stopped else "FAILED")
+
+
+def _record_success(cli: SingleCLI, subcommand: str) -> None:
+    recorder, measurements = cli.recorder, cli.measurements
+    assert recorder is not None
+    assert measurements is not None
+    tags = {"complete": "true"}
+    if subcommand == "fit":
+        save_checkpoint(cli.trainer, recorder.folder)
+        recorder.log_points(measurements.summary(cli.trainer, cli.model), steps_of(cli.trainer, cli.model))
+        tags["diverged"] = divergence_of(cli.model, measurements) or ""
+    recorder.finish("FINISHED", tags)
+    print(f"run {recorder.run_key} is recorded; its checkpoint and configuration lie in {run_folder_name(recorder)}")
+
+
+def run_folder_name(recorder: RunRecorder) -> str:
+    """Return the folder of a run as seen from the project."""
+    return str(run_folder(recorder.project, recorder.run_key).relative_to(recorder.project.root))

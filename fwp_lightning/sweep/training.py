@@ -1,0 +1,463 @@
+"""Train one run in this process: LightningCLI builds it, callbacks checkpoint and measure it, tracking records it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import random
+import resource
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import yaml
+from jsonargparse import ArgumentError
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from fwp_lightning.errors import RunBusy, RunStopped, sentence_of
+from fwp_lightning.experiment import Config, Project, Run
+from fwp_lightning.sweep.workers import Outcome
+from fwp_lightning.tracking import (
+    Origin,
+    RunRecorder,
+    cpu_name,
+    locked_run,
+    params_of,
+    run_folder,
+    tags_of,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_SECONDS = 30.0
+# a run that is asked to stop may end its epoch and save within this time
+STOP_SECONDS = 10.0
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+DESCRIBED = ("n_params", "state", "rule", "feature_map", "phi_norm", "attention_norm", "backend")
+
+
+# --- LightningCLI ----------------------------------------------------------------------------------------------------
+
+
+class RunCLI(LightningCLI):
+    """LightningCLI for one run of a sweep: runs share a parser; logger and callbacks are the suite's."""
+
+    shared_parser: LightningArgumentParser | None = None
+
+    def __init__(self, config: Config, trainer_settings: Mapping[str, Any], callbacks: list[Callback]) -> None:
+        """Build trainer, model and data from a resolved configuration."""
+        self.trainer_settings = dict(trainer_settings)
+        self.own_callbacks = callbacks
+        super().__init__(
+            args=config,
+            run=False,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={"exit_on_error": False},
+        )
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        """Make the parser once per process: it reads the signatures of Lightning's classes, which takes long."""
+        if RunCLI.shared_parser is None:
+            super().setup_parser(*args, **kwargs)
+            RunCLI.shared_parser = self.parser
+        self.parser = RunCLI.shared_parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse a configuration, without Lightning's warning that the command line is not read."""
+        self.config = parser.parse_object(args)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Return the trainer with the suite's logger and callbacks beside those of the configuration."""
+        config = {**self._get(self.config_init, "trainer", default={}), **self.trainer_settings}
+        return self._instantiate_trainer(config, self.own_callbacks)
+
+
+def check_run(run: Run) -> str | None:
+    """Build a run's data and model on the meta device; return what is wrong with its configuration, None if nothing."""
+    place = f"{run.experiment}, row {run.row!r}" + (f", {run.point}" if run.point else "")
+    try:
+        with quiet_lightning():
+            cli = RunCLI(run.config, {"logger": False, **SILENT_TRAINER}, [])
+            build = getattr(cli.model, "build_model", None)
+            if build is not None:
+                with torch.device("meta"):
+                    build(cli.datamodule)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - any exception here is a row that cannot run
+        return f"{place}: {first_cause(error)}"
+    return None
+
+
+def first_cause(error: BaseException) -> str:
+    """Return the sentence of the error behind jsonargparse's nested reports of it."""
+    while isinstance(error, ArgumentError) and isinstance(error.__cause__, ValueError | TypeError):
+        error = error.__cause__
+    # of the alternatives that jsonargparse tried, the first is what was meant, and the value is repeated behind it
+    text = str(error).split("Errors:")[-1].split("- Expected a <class 'NoneType'>")[0].split("Given value type:")[0]
+    text = " ".join(text.split()).removeprefix("- ")
+    return text[:600] if isinstance(error, ArgumentError | ValueError | TypeError) else sentence_of(error)[:600]
+
+
+SILENT_TRAINER = {
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+@contextlib.contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Keep Lightning's banners and advice out of the output of a sweep."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\..*")
+        warnings.filterwarnings("ignore", message=".*(num_workers|log_every_n_steps|logging interval).*")
+        yield
+
+
+# --- logger and callbacks --------------------------------------------------------------------------------------------
+
+
+class TrackingLogger(Logger):
+    """Hands what Lightning logs to a recorder, at the steps that the task states."""
+
+    def __init__(self, recorder: RunRecorder) -> None:
+        """Log to ``recorder``."""
+        super().__init__()
+        self.recorder = recorder
+
+    @property
+    def name(self) -> str:
+        """Return the name of the run."""
+        return self.recorder.name
+
+    @property
+    def version(self) -> str:
+        """Return the key of the run."""
+        return self.recorder.run_key
+
+    @property
+    def save_dir(self) -> str:
+        """Return the folder of the run."""
+        return str(self.recorder.folder)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Keep metrics; a name without a split, such as Lightning's epoch, is none of ours."""
+        values = {key: value for key, value in metrics.items() if "/" in key}
+        self.recorder.log_points(values, step or 0)
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the resolved configuration is recorded at the start."""
+
+
+class ExactCheckpoint(Callback):
+    """Saves what a run needs to continue bit for bit: Lightning's state and that of the global random generators.
+
+    The file is complete or absent: it is written aside, flushed to the disk and renamed; the former one is kept.
+    """
+
+    def __init__(self, folder: Path, *, seconds: float, stop: Callable[[], float | None]) -> None:
+        """Save to ``folder`` every ``seconds``; ``stop`` returns for how long the run has been asked to end."""
+        self.folder = folder
+        self.seconds = seconds
+        self.stop = stop
+        self._saved_at = time.monotonic()
+        self._random_state: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the random generators, in types that load with weights_only."""
+        kind, keys, *position = np.random.get_state(legacy=True)  # noqa: NPY002 - whatever uses the global one
+        return {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "python": random.getstate(),
+            "numpy": (kind, keys.tolist(), *position),  # type: ignore[union-attr]
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until training starts: building the loaders draws numbers too."""
+        self._random_state = state_dict
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the random generators to where the checkpoint left them."""
+        self._saved_at = time.monotonic()
+        if self._random_state is None:
+            return
+        state, self._random_state = self._random_state, None
+        torch.set_rng_state(state["torch"])
+        if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda"])
+        version, numbers, gauss = state["python"]
+        random.setstate((version, tuple(numbers), gauss))
+        kind, keys, *position = state["numpy"]
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), *position))  # noqa: NPY002 - as above
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Stop within an epoch only if its end is long in coming."""
+        asked = self.stop()
+        if asked is not None and asked > STOP_SECONDS:
+            raise RunStopped
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save if it is time; a run that has reached its end has nothing to save."""
+        if trainer.should_stop:
+            return
+        stopping = self.stop() is not None
+        if stopping or time.monotonic() - self._saved_at >= self.seconds:
+            save_checkpoint(trainer, self.folder)
+            self._saved_at = time.monotonic()
+        if stopping:
+            raise RunStopped
+
+
+def save_checkpoint(trainer: Trainer, folder: Path) -> None:
+    """Write last.ckpt, keeping the former as previous.ckpt; a full disk costs the checkpoint, not the run."""
+    partial, last = folder / f"{LAST}.tmp", folder / LAST
+    try:
+        trainer.save_checkpoint(partial)
+        _sync(partial)
+        if last.exists():
+            last.replace(folder / PREVIOUS)
+        partial.replace(last)
+        _sync(folder)
+    except (OSError, RuntimeError) as error:
+        # torch reports a failed write as RuntimeError
+        log.warning("no checkpoint in %s: %s", folder, sentence_of(error))
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint that can be read, None if there is none."""
+    for path in (folder / LAST, folder / PREVIOUS):
+        if not path.exists():
+            continue
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # noqa: BLE001 - a damaged file raises anything
+            log.warning("%s cannot be read (%s); an earlier one is taken", path, sentence_of(error)[:200])
+        else:
+            return path
+    return None
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a run that is complete."""
+    for name in (LAST, PREVIOUS, f"{LAST}.tmp"):
+        (folder / name).unlink(missing_ok=True)
+
+
+class Measurements(Callback):
+    """Takes a run's time, memory and best evaluation; they outlive an interruption with the checkpoint."""
+
+    def __init__(self, recorder: RunRecorder) -> None:
+        """Describe the run to ``recorder`` once it is built."""
+        self.recorder = recorder
+        self.best: float | None = None
+        self.best_step = 0
+        self.final: float | None = None
+        self.final_step = 0
+        self._earlier_seconds = 0.0
+        self._started: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training up to now, those before an interruption included."""
+        return self._earlier_seconds + (time.monotonic() - self._started if self._started else 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run continues from."""
+        evaluations = {"best": self.best, "best_step": self.best_step, "final": self.final}
+        return {**evaluations, "final_step": self.final_step, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from an interrupted run."""
+        self.best, self.best_step = state_dict["best"], state_dict["best_step"]
+        self.final, self.final_step = state_dict["final"], state_dict["final_step"]
+        self._earlier_seconds = state_dict["seconds"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock and record what the configuration does not spell out."""
+        self._started = time.monotonic()
+        reset_peak_memory()
+        self.recorder.set_tags(describe_task(trainer, pl_module))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the best and the last evaluation."""
+        name = getattr(pl_module, "monitor", "valid/loss")
+        if trainer.sanity_checking or name not in trainer.callback_metrics:
+            return
+        value, step = float(trainer.callback_metrics[name]), steps_of(trainer, pl_module)
+        sign = -1 if getattr(pl_module, "monitor_mode", "min") == "max" else 1
+        self.final, self.final_step = value, step
+        if not math.isnan(value) and (self.best is None or sign * value < sign * self.best):
+            self.best, self.best_step = value, step
+        self.recorder.flush_if_old()
+
+    def summary(self, trainer: Trainer, task: LightningModule) -> dict[str, float]:
+        """Return the run's figures for MLflow's table and runs.csv."""
+        metric = getattr(task, "monitor", "valid/loss").replace("/", "_")
+        steps = steps_of(trainer, task)
+        found = {
+            f"final/{metric}": self.final,
+            f"best/{metric}": self.best,
+            "final/step": self.final_step,
+            "best/step": self.best_step,
+            "wall_seconds": round(self.seconds, 3),
+            "steps_per_second": steps / max(self.seconds, 1e-9),
+            "peak_memory_mb": round(peak_memory_mb(trainer), 1),
+            "steps": steps,
+            "tokens": getattr(task, "tokens", None),
+        }
+        return {key: float(value) for key, value in found.items() if value is not None}
+
+
+def steps_of(trainer: Trainer, task: LightningModule) -> int:
+    """Return the optimiser steps done: as the task counts them, else as Lightning does."""
+    return int(getattr(task, "steps", trainer.global_step))
+
+
+def describe_task(trainer: Trainer, task: LightningModule) -> dict[str, str]:
+    """Return the tags of a built task: its size, its axes, its data and where it runs."""
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    describe = getattr(task, "describe", dict)
+    described: dict[str, Any] = describe()
+    tags = {key: str(described[key]) for key in DESCRIBED if key in described}
+    data_sha256 = getattr(trainer.datamodule, "data_sha256", "")  # type: ignore[attr-defined]
+    return {
+        **tags,
+        "device": f"{device.type} ({name})",
+        "precision": str(trainer.precision),
+        "data_sha256": str(data_sha256() if callable(data_sha256) else data_sha256),
+    }
+
+
+def reset_peak_memory() -> None:
+    """Start the peak memory anew: a process trains many runs, and its peak only ever grows."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_memory_mb(trainer: Trainer) -> float:
+    """Return the peak memory since ``reset_peak_memory``: of the GPU where the run is on one, else of the process."""
+    if trainer.strategy.root_device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+# --- one run ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What all runs of a process share."""
+
+    project: Project
+    origin: Origin
+    stop: Callable[[], float | None] = lambda: None
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
+
+
+def train_run(run: Run, client: MlflowClient, shared: Circumstances) -> Outcome:
+    """Train a run to its end, from its last checkpoint if it has one; whatever happens is an outcome, never raised."""
+    try:
+        folder = run_folder(shared.project, run.run_key)
+        with locked_run(folder):
+            return _train_locked(run, client, shared, folder)
+    except RunBusy:
+        return Outcome(run.run_key, "busy")
+    except OSError as error:
+        return Outcome(run.run_key, "failed", message=f"{sentence_of(error)}: the run cannot be recorded")
+
+
+def _train_locked(run: Run, client: MlflowClient, shared: Circumstances, folder: Path) -> Outcome:
+    recorder = RunRecorder(
+        client,
+        shared.project,
+        run_key=run.run_key,
+        experiment=run.experiment,
+        name=run.name,
+        tags=tags_of(run, shared.origin),
+    )
+    texts = {
+        "config.yaml": yaml.safe_dump(run.config, sort_keys=False),
+        "environment.json": shared.origin.environment,
+        "git.diff": shared.origin.git_diff,
+        **{f"imported/{Path(name).name}": _source_of(name) for name in shared.origin.imports},
+    }
+    if not recorder.start(params_of(run.config), {name: text for name, text in texts.items() if text}):
+        return Outcome(run.run_key, "done before")
+    started = time.monotonic()
+    try:
+        with quiet_lightning():
+            diverged, keep = _fit(run, recorder, shared, folder)
+    except (RunStopped, SIGTERMException):
+        recorder.finish("KILLED")
+        return Outcome(run.run_key, "stopped", time.monotonic() - started)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - one failed run stops nothing
+        message = first_cause(error)
+        recorder.log_text("traceback.txt", traceback.format_exc())
+        recorder.finish("FAILED", {"failed": message})
+        return Outcome(run.run_key, "failed", time.monotonic() - started, message)
+    recorder.finish("FINISHED", {"diverged": diverged or "", "failed": "", "complete": "true"})
+    if recorder.undelivered:
+        return Outcome(run.run_key, "failed", message="neither the store nor the journal could be written")
+    if not keep:
+        remove_checkpoints(folder)
+    return Outcome(run.run_key, "diverged" if diverged else "complete", time.monotonic() - started, diverged or "")
+
+
+def _fit(run: Run, recorder: RunRecorder, shared: Circumstances, folder: Path) -> tuple[str | None, bool]:
+    """Train; return why the run diverged, if it did, and whether its checkpoints are to be kept."""
+    checkpoint = ExactCheckpoint(folder, seconds=shared.checkpoint_seconds, stop=shared.stop)
+    measurements = Measurements(recorder)
+    settings = {"logger": TrackingLogger(recorder), "default_root_dir": str(folder), **SILENT_TRAINER}
+    cli = RunCLI(run.config, settings, [checkpoint, measurements])
+    trainer, task = cli.trainer, cli.model
+    trainer.fit(task, cli.datamodule, ckpt_path=newest_checkpoint(folder), weights_only=True)
+    recorder.log_points(measurements.summary(trainer, task), steps_of(trainer, task))
+    return divergence_of(task, measurements), bool(getattr(task, "keep_checkpoint", False))
+
+
+def divergence_of(task: LightningModule, measurements: Measurements) -> str | None:
+    """Return the task's own sentence on why it diverged, or that its last evaluation is no number."""
+    said: str | None = getattr(task, "diverged", None)
+    if said is None and measurements.final is not None and not math.isfinite(measurements.final):
+        return f"{getattr(task, 'monitor', 'valid/loss')} is {measurements.final} at step {measurements.final_step}"
+    return said
+
+
+def _source_of(name: str) -> str:
+    path = Path(name)
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

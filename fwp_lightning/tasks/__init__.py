@@ -1,0 +1,1 @@
+"""LightningModules: loss, metrics, optimiser and stop rule of each experiment."""

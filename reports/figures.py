@@ -1,0 +1,271 @@
+"""Draws capacity plots and learning curves as the paper does, with the authors' released runs as hollow markers."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
+from matplotlib.ticker import FixedLocator, LogLocator, MultipleLocator, NullFormatter
+
+from reports import wording
+from reports.palette import DARK, INK, MUTED, PAPER, Look, looks_of
+from reports.plan import Axis
+from reports.selection import Cell, Selection, Summary, diverged, end_of
+
+# inches
+WIDTH, AXES_HEIGHT = 6.0, 3.5
+LEFT, RIGHT = 0.68, 0.2
+BELOW_AXES, LEGEND_LINE, FOOTER = 0.52, 0.185, 0.36
+TITLE_LINE, SUBTITLE = 0.2, 0.42
+LEGEND_COLUMNS = 3
+TITLE_LENGTH = 64
+FOOTER_LENGTH = 130
+MOST_TICKS = 12
+UP, DOWN, ONWARD = "$\u2191$", "$\u2193$", "$\u2192$"
+Points = list[tuple[float, float]]
+
+
+def draw(selection: Selection, cells: Sequence[Cell]) -> Figure:
+    """Draws a selection as its experiment file's `report: kind` says."""
+    plan = selection.plan
+    shown = [cell for cell in cells if cell.metric == plan.spec.metrics[0]]
+    with _style():
+        looks = looks_of(plan.rows)
+        figure = Figure()
+        axes = figure.add_subplot()
+        content = _capacity_plot if plan.spec.kind == "capacity_plot" else _learning_curves
+        marks = content(axes, selection, shown, looks)
+        title = _balanced(plan.title)
+        handles = _handles(plan.rows, looks, marks)
+        top = len(title) * TITLE_LINE + SUBTITLE
+        legend = -(-len(handles) // LEGEND_COLUMNS) * LEGEND_LINE
+        bottom = BELOW_AXES + legend + FOOTER
+        height = top + AXES_HEIGHT + bottom
+        figure.set_size_inches(WIDTH, height)
+        axes.set_position((LEFT / WIDTH, bottom / height, 1 - (LEFT + RIGHT) / WIDTH, AXES_HEIGHT / height))
+        corner = (LEFT / WIDTH, (FOOTER + legend) / height)
+        figure.legend(handles=handles, loc="upper left", bbox_to_anchor=corner, ncols=LEGEND_COLUMNS, borderaxespad=0)
+        _texts(figure, selection, "\n".join(title), height)
+    return figure
+
+
+def _balanced(title: str) -> list[str]:
+    n_lines = -(-len(title) // TITLE_LENGTH)
+    return textwrap.wrap(title, len(title) // n_lines + 6, break_on_hyphens=False) if n_lines > 1 else [title]
+
+
+def save(figure: Figure, stem: Path, selection: Selection) -> list[Path]:
+    """Writes PNG and PDF; the same figure gives the same bytes."""
+    title, subject = f"{selection.plan.name}: {selection.plan.title}", wording.provenance(selection)
+    png, pdf = stem.with_suffix(".png"), stem.with_suffix(".pdf")
+    with _style():
+        figure.savefig(png, metadata={"Software": None, "Title": title, "Description": subject})
+        figure.savefig(pdf, metadata={"CreationDate": None, "Creator": None, "Title": title, "Subject": subject})
+    return [png, pdf]
+
+
+def to_svg(figure: Figure, prefix: str) -> str:
+    """The figure as an SVG element for the page, which has title and origin as text: ids begin with `prefix`."""
+    buffer = io.StringIO()
+    _show(figure.texts, False)
+    with _style():
+        metadata = {"Date": None, "Creator": None}
+        figure.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.04, metadata=metadata)
+    _show(figure.texts, True)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg)
+    # the page decides on light or dark
+    for light in DARK:
+        svg = re.sub(re.escape(light), f"var(--c{light[1:].lower()}, {light.lower()})", svg, flags=re.IGNORECASE)
+    return svg
+
+
+def _show(texts: Sequence[Text], visible: bool) -> None:
+    for text in texts:
+        text.set_visible(visible)
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        matplotlib.style.use(Path(__file__).with_name("style.mplstyle"))
+        yield
+
+
+def _capacity_plot(axes: Axes, selection: Selection, cells: Sequence[Cell], looks: dict[str, Look]) -> set[str]:
+    plan = selection.plan
+    numbers = sorted({_number_of(point) for point in plan.points})
+    margin = 0.03 * (numbers[-1] - numbers[0]) or 0.5
+    _prepare(axes, plan.spec.x, plan.spec.y, (numbers[0] - margin, numbers[-1] + margin))
+    if len(numbers) <= MOST_TICKS:
+        axes.xaxis.set_major_locator(FixedLocator(numbers))
+    brush = _Brush(axes)
+    for layer, row in enumerate(reversed(plan.rows)):
+        mine = sorted((cell for cell in cells if cell.row == row), key=lambda cell: _number_of(cell.point))
+        found = [cell for cell in mine if plan.statistic in cell.released]
+        theirs = [(_number_of(cell.point), cell.released[plan.statistic].value) for cell in found]
+        if theirs:
+            axes.plot(*_columns(theirs), color=MUTED, linewidth=0.5, alpha=0.7, zorder=2)
+            brush.markers(theirs, looks[row], hollow=True, zorder=3 + 0.01 * layer)
+        ours = [(_number_of(cell.point), cell.ours[plan.statistic].mean) for cell in mine]
+        axes.plot(*_columns(ours), color=looks[row].colour, linewidth=0.9, zorder=4 + 0.01 * layer)
+        _band(axes, mine, plan.statistic, looks[row].colour)
+        ended = [pair for pair, cell in zip(ours, mine, strict=True) if cell.ours[plan.statistic].n_found]
+        # a point where some seeds diverged has its mean and a cross
+        split = [(_number_of(cell.point), math.nan) for cell in mine if _split(cell.ours[plan.statistic])]
+        brush.markers([*ended, *split], looks[row], hollow=False, zorder=5 + 0.01 * layer)
+    return brush.marks
+
+
+def _split(found: Summary) -> bool:
+    return bool(found.values) and found.n_diverged > 0
+
+
+def _band(axes: Axes, cells: Sequence[Cell], statistic: str, colour: str) -> None:
+    # from the worst to the best seed
+    several = [cell for cell in cells if len(cell.ours[statistic].values) > 1]
+    if several:
+        numbers = [_number_of(cell.point) for cell in several]
+        lows, highs = ([end(cell.ours[statistic].values) for cell in several] for end in (min, max))
+        axes.fill_between(numbers, lows, highs, color=colour, alpha=0.16, linewidth=0, zorder=1)
+
+
+def _learning_curves(axes: Axes, selection: Selection, cells: Sequence[Cell], looks: dict[str, Look]) -> set[str]:
+    plan = selection.plan
+    metric = plan.spec.metrics[0]
+    last_steps = [run.curves[metric.name].steps[-1] for run in selection.runs if metric.name in run.curves]
+    _prepare(axes, plan.spec.x, plan.spec.y, (0, 1.03 * max(last_steps, default=1)))
+    brush = _Brush(axes)
+    for layer, cell in enumerate(reversed(cells)):
+        runs = [run for run in selection.runs_of(cell.row, cell.point) if metric.name in run.curves]
+        look = looks[cell.row]
+        for run in runs:
+            curve = run.curves[metric.name]
+            width = 1.1 if len(runs) == 1 else 0.8
+            axes.plot(curve.steps, curve.values, color=look.colour, linewidth=width, zorder=4 + 0.01 * layer)
+        ends = [(run, end) for run in runs if (end := end_of(run, metric, "last"))]
+        places = [(float(end.step), math.nan if diverged(run, metric) else end.value) for run, end in ends]
+        brush.markers(places, look, hollow=False, zorder=6)
+        if "last" in cell.released and "last" in cell.released_steps:
+            place = (cell.released_steps["last"].value, cell.released["last"].value)
+            brush.markers([place], look, hollow=True, zorder=5)
+    return brush.marks
+
+
+class _Brush:
+    """Draws markers: an arrow at the edge for what lies beyond it, a cross at the top for what diverged."""
+
+    def __init__(self, axes: Axes) -> None:
+        self.axes = axes
+        self.marks: set[str] = set()
+        self.levels: dict[Look, int] = {}
+
+    def markers(self, points: Points, look: Look, *, hollow: bool, zorder: float) -> None:
+        """Draws the points of one method; hollow ones are the authors'."""
+        groups: dict[str, Points] = {}
+        for x, y in points:
+            marker, place = self._placed(x, y, look)
+            groups.setdefault(marker, []).append(place)
+        if hollow and groups:
+            self.marks.add("released")
+        for marker, places in groups.items():
+            self._draw(places, marker, look, hollow, zorder)
+
+    def _placed(self, x: float, y: float, look: Look) -> tuple[str, tuple[float, float]]:
+        right, (low, high) = self.axes.get_xlim()[1], self.axes.get_ylim()
+        if math.isnan(y):
+            self.marks.add("diverged")
+            # methods that diverge at the same place stand below one another
+            level = self.levels.setdefault(look, len(self.levels))
+            return "x", (min(x, right), 1 - 0.022 * level)
+        inside = min(max(y, low), high)
+        if x > right:
+            self.marks.add("beyond")
+            return ONWARD, (right, inside)
+        # a loss of 0.5003 is 0.5 to the reader's eye
+        if abs(y - inside) > 0.01 * (high - low) or (y < low and self.axes.get_yscale() == "log"):
+            self.marks.add("beyond")
+            return (UP if y > high else DOWN), (x, inside)
+        return look.marker, (x, inside)
+
+    def _draw(self, places: Points, marker: str, look: Look, hollow: bool, zorder: float) -> None:
+        across = self.axes.get_xaxis_transform() if marker == "x" else self.axes.transData
+        line = Line2D(*_columns(places), linestyle="none", transform=across, clip_on=False, zorder=zorder)
+        line.set_marker(marker)
+        line.set_color(look.colour)
+        if marker in (UP, DOWN, ONWARD):
+            line.set(markersize=7, markeredgewidth=0.2, alpha=0.6 if hollow else 1)
+        elif marker == "x":
+            line.set(markersize=6 if hollow else 4, markeredgewidth=0.5 if hollow else 1.2)
+        elif hollow:
+            line.set(markersize=5, markeredgewidth=0.7, markerfacecolor=PAPER)
+        else:
+            line.set(markersize=3.6, markeredgewidth=0.4)
+        self.axes.add_line(line)
+
+
+def _prepare(axes: Axes, x: Axis, y: Axis, x_limits: tuple[float, float]) -> None:
+    axes.set_xscale(x.scale)
+    axes.set_yscale(y.scale)
+    axes.set_xlim(*(x.limits or x_limits))
+    if y.limits:
+        axes.set_ylim(*y.limits)
+    axes.set_xlabel(x.label)
+    axes.set_ylabel(y.label)
+    if y.scale == "log":
+        axes.yaxis.set_major_locator(LogLocator(numticks=12))
+        axes.yaxis.set_minor_locator(LogLocator(subs=range(2, 10), numticks=12))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif y.limits == (0.0, 0.5):
+        axes.yaxis.set_major_locator(MultipleLocator(0.1))
+
+
+def _handles(rows: Sequence[str], looks: dict[str, Look], marks: set[str]) -> list[Line2D]:
+    handles = [
+        Line2D([], [], color=looks[row].colour, marker=looks[row].marker, markersize=4.2, label=row) for row in rows
+    ]
+    if "released" in marks:
+        line = Line2D([], [], color=MUTED, linewidth=0.5, marker="o", label="authors' released run")
+        line.set(markersize=5, markerfacecolor=PAPER, markeredgecolor=INK, markeredgewidth=0.7)
+        handles.append(line)
+    if "diverged" in marks:
+        handles.append(Line2D([], [], color=INK, linestyle="none", marker="x", label="diverged (NaN)"))
+    if "beyond" in marks:
+        line = Line2D([], [], color=INK, linestyle="none", label="beyond the axes")
+        line.set(marker=UP, markersize=7, markeredgewidth=0.2)
+        handles.append(line)
+    return handles
+
+
+def _texts(figure: Figure, selection: Selection, title: str, height: float) -> None:
+    left = LEFT / WIDTH
+    n_lines = title.count("\n") + 1
+    subtitle = " · ".join(part for part in (wording.setting(selection), selection.plan.source) if part)
+    figure.text(left, 1 - 0.1 / height, title, va="top", fontsize=10.5, fontweight="bold", linespacing=1.25)
+    figure.text(left, 1 - (0.1 + n_lines * TITLE_LINE) / height, subtitle, va="top", fontsize=8, color=MUTED)
+    footer = "\n".join(textwrap.wrap(wording.provenance(selection), FOOTER_LENGTH))
+    figure.text(left, 0.06 / height, footer, fontsize=5.5, color=MUTED, va="bottom")
+
+
+def _columns(points: Points) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _number_of(point: str) -> float:
+    return float(wording.point_value(point)[1])

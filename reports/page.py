@@ -1,0 +1,119 @@
+"""One self-contained HTML page with every report in every profile and protocol."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from reports import figures, tables, wording
+from reports.palette import DARK, looks_of
+from reports.selection import Cell, Selection
+
+PROFILE_WORDS = {
+    "paper": "the claim itself, as in the paper",
+    "short": "small real corpora, or the whole task at fewer sizes",
+    "smoke": "a quick look that everything works; its numbers prove nothing",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One report in one profile and protocol, ready for the page."""
+
+    selection: Selection
+    cells: Sequence[Cell]
+    figure: Figure | None
+    """None for a table"""
+
+    @property
+    def anchor(self) -> str:
+        """The id of the entry on the page."""
+        plan = self.selection.plan
+        return f"{plan.name}-{plan.profile}-{plan.protocol}"
+
+
+@dataclass(frozen=True)
+class MatrixCell:
+    """Ours over theirs, for the compact table of a figure."""
+
+    ours: str
+    released: str
+
+
+def write(path: Path, entries: Sequence[Entry]) -> None:
+    """Writes the page; `entries` come in the order of the page."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template = environment.get_template("page.html.j2")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    html = template.render(groups=_groups(entries), colours=DARK, profile_words=PROFILE_WORDS)
+    path.write_text(html, encoding="utf-8", newline="\n")
+
+
+def _groups(entries: Sequence[Entry]) -> list[dict[str, object]]:
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault((entry.selection.plan.profile, entry.selection.plan.protocol), []).append(entry)
+    return [
+        {"profile": profile, "protocol": protocol, "entries": [_context(entry) for entry in members]}
+        for (profile, protocol), members in groups.items()
+    ]
+
+
+def _context(entry: Entry) -> dict[str, object]:
+    selection, plan = entry.selection, entry.selection.plan
+    files = f"{plan.profile}/{plan.protocol}/{plan.name}"
+    return {
+        "anchor": entry.anchor,
+        "plan": plan,
+        "svg": figures.to_svg(entry.figure, entry.anchor) if entry.figure else "",
+        "is_table": plan.spec.kind == "table",
+        "table": tables.build(selection, entry.cells),
+        "matrix": _matrix(selection, entry.cells),
+        "looks": looks_of(plan.rows),
+        "completeness": wording.completeness(selection),
+        "share": selection.n_found / plan.n_planned,
+        "hours": wording.hours(selection),
+        "commits": ", ".join(selection.commits) or "unknown",
+        "newest": selection.newest or "not recorded in runs.csv",
+        "notes": tables.notes(selection),
+        "csv": _data_uri(tables.to_csv(selection, entry.cells)),
+        "csv_name": files.replace("/", "-") + ".csv",
+        "files": files,
+    }
+
+
+def _matrix(selection: Selection, cells: Sequence[Cell]) -> list[tuple[str, list[MatrixCell | None]]]:
+    # points down, methods across: the same shape as the figure
+    plan = selection.plan
+    found = {(cell.row, cell.point): cell for cell in cells if cell.metric == plan.spec.metrics[0]}
+    lines = []
+    for point in plan.points:
+        line = [_matrix_cell(found.get((row, point)), plan.statistic) for row in plan.rows]
+        lines.append((wording.point_value(point)[1], line))
+    return lines
+
+
+def _matrix_cell(cell: Cell | None, statistic: str) -> MatrixCell | None:
+    if cell is None:
+        return None
+    return MatrixCell(wording.summary(cell.ours[statistic], cell.metric.digits), wording.released(cell, statistic))
+
+
+def _data_uri(text: str) -> str:
+    return "data:text/csv;base64," + base64.b64encode(text.encode()).decode()
+
+
+def entry_of(selection: Selection, cells: Sequence[Cell]) -> Entry:
+    """Draws what the page needs of one report."""
+    return Entry(selection, cells, None if selection.plan.spec.kind == "table" else figures.draw(selection, cells))

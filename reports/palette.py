@@ -1,0 +1,64 @@
+"""One colour and one marker for each method, the same in every figure, told apart by colour-blind readers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+INK = "#222222"
+MUTED = "#8A8A8A"
+GRID = "#E4E4E4"
+PAPER = "#FFFFFF"
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a method is drawn."""
+
+    colour: str
+    dark: str
+    """the colour on a dark page"""
+    marker: str
+
+
+# one family of hues for each feature map, light to dark with its size
+LOOKS = {
+    "Softmax": Look(INK, "#EDEDED", "o"),
+    "Linear": Look("#009E73", "#2FC79C", "s"),
+    "FAVOR+ (64)": Look("#F2C14E", "#F2C14E", "v"),
+    "FAVOR+ (128)": Look("#E08214", "#EB9A3C", "<"),
+    "FAVOR+ (512)": Look("#A6460A", "#CF6A2B", ">"),
+    "DPFP-1": Look("#6CB8EA", "#8CCBF3", "o"),
+    "DPFP-2": Look("#2878B5", "#4A9FE0", "D"),
+    "DPFP-3": Look("#143C7A", "#6F8FE6", "^"),
+    "DPFP-1 delta": Look("#E63B1F", "#FF6347", "D"),
+    "DPFP-2 delta": Look("#5B1E3A", "#D9759F", "^"),
+    "Linear delta": Look("#8CCB6B", "#9FDB7F", "s"),
+    "Schlag (2021)": Look("#532875", "#A985DB", "P"),
+    "Schlag (2021) with DPFP-1": Look("#BC3FD6", "#DE7DF2", "X"),
+    "FAVOR+ (64) delta": Look("#E9C84A", "#F1D667", "v"),
+    "FAVOR+ (128) delta": Look("#653A1B", "#BF8A60", "<"),
+}
+# Figure 3 names the rule of what Figure 2 calls DPFP-1
+LOOKS["DPFP-1 sum"] = LOOKS["DPFP-1"]
+
+# for methods that the paper does not have, in the order of the experiment file
+SPARE = (
+    Look("#00798C", "#35B5C9", "h"),
+    Look("#D1495B", "#E57A89", "p"),
+    Look("#7A7D00", "#B9BC3A", "*"),
+    Look("#3D5A80", "#7C9CC6", "d"),
+)
+
+DARK = {
+    INK: "#E4E6E8",
+    MUTED: "#8E959C",
+    GRID: "#2E343A",
+    PAPER: "#171B1F",
+} | {look.colour: look.dark for look in (*LOOKS.values(), *SPARE) if look.colour != INK}
+
+
+def looks_of(rows: Sequence[str]) -> dict[str, Look]:
+    """The look of each row; rows unknown to the paper take the spare ones in turn."""
+    strangers = [row for row in rows if row not in LOOKS]
+    return {row: LOOKS.get(row) or SPARE[strangers.index(row) % len(SPARE)] for row in rows}

@@ -1,0 +1,632 @@
+"""Reports: what is counted, what is compared, what is refused, and that the same CSV gives the same bytes."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from matplotlib.axes import Axes
+
+from fwp_lightning.errors import UserError
+from fwp_lightning.experiment import Project, experiment_names, load_experiment, resolve_runs
+from reports import figures, paper_numbers, tables, wording
+from reports.__main__ import main, selections
+from reports.palette import DARK, LOOKS, looks_of
+from reports.plan import load_plan, read_spec, report_names
+from reports.selection import Cell, Selection, Summary, collect, select
+from reports.sources import METRIC_COLUMNS, PAPER_COLUMNS, RUN_COLUMNS, read_references, read_results
+
+ROOT = Path(__file__).resolve().parent.parent
+
+BASE = {
+    "seed_everything": 1,
+    "trainer": {"max_epochs": 10},
+    "model": {"class_path": "a.Model", "init_args": {"rule": "sum"}},
+    "data": {"class_path": "a.Data", "init_args": {"n_keys": 20}},
+}
+CAPACITY = {
+    "title": "Capacity",
+    "source": "Figure 8, Sec. 6.1",
+    "base": "base/retrieval.yaml",
+    "protocol": "released",
+    "seeds": [1, 2],
+    "rows": {"DPFP-1": {"model.rule": "sum"}, "Linear": {"model.rule": "other"}},
+    "grid": {"data.n_keys": [20, 40]},
+    "protocols": {
+        "released": {"version": 2, "statistic": "last"},
+        "corrected": {"version": 1, "statistic": "best", "set": {"trainer.max_epochs": 11}},
+    },
+    "profiles": {"smoke": {"seeds": [1]}, "short": {}},
+    "deviations": {"smoke": "Ten steps only."},
+    "report": {
+        "kind": "capacity_plot",
+        "metrics": ["valid/loss"],
+        "x": {"label": "number of unique keys S"},
+        "y": {"label": "loss", "scale": "log", "limits": [0.001, 1]},
+        "readme": ["n_keys=20", "n_keys=40"],
+    },
+}
+CURVES = {
+    "title": "Curves",
+    "source": "Figure 9",
+    "runs_of": "figure8",
+    "grid": {"data.n_keys": [40]},
+    "report": {"kind": "learning_curves", "metrics": ["valid/loss"], "x": {}, "y": {"limits": [0, 0.5]}},
+}
+TABLE = {
+    "title": "Perplexity",
+    "source": "Table 9",
+    "base": "base/retrieval.yaml",
+    "seeds": [1],
+    "rows": {"Linear Transformer": {}, "Delta Network": {"model.rule": "delta"}},
+    "protocols": {"corrected": {"statistic": "best"}},
+    "profiles": {"short": {}},
+    "protocol": "corrected",
+    "report": {
+        "kind": "table",
+        "metrics": [
+            {"name": "valid/perplexity", "label": "valid", "digits": 1},
+            {"name": "test/bleu", "label": "BLEU", "better": "higher", "digits": 1},
+        ],
+    },
+}
+
+
+@dataclass
+class Bench:
+    """A project in a temporary folder, with runs written by hand."""
+
+    root: Path
+    runs: list[dict[str, str]] = field(default_factory=list)
+    points: list[tuple[str, ...]] = field(default_factory=list)
+    references: list[tuple[str, ...]] = field(default_factory=list)
+
+    @property
+    def project(self) -> Project:
+        return Project(self.root)
+
+    def add(
+        self, row: str, values: Sequence[float], *, experiment: str = "figure8", point: str = "n_keys=20",
+        seed: int = 1, profile: str = "short", protocol: str = "released", metric: str = "valid/loss",
+        key: str | None = None, **changed: str,
+    ) -> str:  # fmt: skip
+        """Adds a run with the key that the experiment file gives it; its evaluations are at steps 100, 200, ..."""
+        planned = resolve_runs(
+            load_experiment(experiment, self.project), profile=profile, protocol=protocol, rows=[row], seeds=[seed]
+        )
+        run = next(run for run in planned if run.point == point)
+        key = key or run.run_key
+        line = dict.fromkeys(RUN_COLUMNS, "") | {
+            "run_key": key, "experiment": experiment, "row": row, "point": point, "seed": str(seed),
+            "profile": profile, "protocol": protocol, "status": "complete", "version": str(run.version),
+            "wall_seconds": "1800", "git_commit": "0123456789abcdef", "git_dirty": "false",
+            "deviations": run.deviations,
+        }  # fmt: skip
+        if key not in {known["run_key"] for known in self.runs}:
+            self.runs.append(line | changed)
+        split, name = metric.split("/")
+        self.points += [(key, split, name, str(100 * n), repr(value)) for n, value in enumerate(values, 1)]
+        return key
+
+    def paper(self, row: str, metric: str, value: str, source: str = "log", **place: str) -> None:
+        place = {"experiment": "figure8", "point": "n_keys=20", "split": "valid"} | place
+        self.references.append((place["experiment"], row, place["point"], place["split"], metric, value, source))
+
+    def write(self) -> Bench:
+        folder = self.root / "results"
+        columns = list(self.runs[0]) if self.runs else list(RUN_COLUMNS)
+        write_csv(folder / "runs.csv", [columns, *(list(run.values()) for run in self.runs)])
+        write_csv(folder / "metrics.csv", [METRIC_COLUMNS, *self.points])
+        write_csv(folder / "paper.csv", [PAPER_COLUMNS, *self.references])
+        return self
+
+    def selection(self, name: str = "figure8", profile: str = "short", protocol: str | None = None) -> Selection:
+        self.write()
+        return select(load_plan(self.project, name, profile, protocol), read_results(self.root))
+
+    def cells(self, name: str = "figure8", profile: str = "short", protocol: str | None = None) -> list[Cell]:
+        return collect(self.selection(name, profile, protocol), read_results(self.root))
+
+    def cell(self, row: str, point: str = "n_keys=20", **where: str) -> Cell:
+        return next(cell for cell in self.cells(**where) if (cell.row, cell.point) == (row, point))
+
+    def draw(self, *arguments: str) -> int:
+        self.write()
+        return main([*arguments, "--root", str(self.root)])
+
+
+def write_csv(path: Path, lines: Sequence[Sequence[str]]) -> None:
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(lines)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    (tmp_path / "experiments" / "base").mkdir(parents=True)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "experiments" / "base" / "retrieval.yaml").write_text(yaml.safe_dump(BASE))
+    for name, content in {"figure8": CAPACITY, "figure9": CURVES, "table9": TABLE}.items():
+        (tmp_path / "experiments" / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    (tmp_path / "README.md").write_text("# Title\n\n<!-- results:begin -->\n<!-- results:end -->\n\nThe end.\n")
+    return Bench(tmp_path)
+
+
+@pytest.fixture
+def full(bench: Bench) -> Bench:
+    """Runs in two profiles and both protocols; one seed missing, one diverged, references for some."""
+    for seed, point in itertools.product((1, 2), ("n_keys=20", "n_keys=40")):
+        bench.add("DPFP-1", [0.4, 0.1 * seed, 0.12 * seed], seed=seed, point=point)
+    bench.add("Linear", [0.5, 0.3])
+    bench.add("Linear", [0.5, math.nan], point="n_keys=40", status="diverged")
+    bench.add("Linear", [0.5, 0.0001], protocol="corrected")
+    bench.add("DPFP-1", [0.45], profile="smoke")
+    bench.paper("DPFP-1", "last_loss", "0.15")
+    bench.paper("DPFP-1", "best_loss", "0.11")
+    bench.paper("DPFP-1", "last_step", "400")
+    bench.paper("Linear", "last_loss", "nan", point="n_keys=40")
+    bench.paper("Linear", "last_step", "200", point="n_keys=40")
+    return bench
+
+
+# --- what is counted -------------------------------------------------------------------------------------------------
+
+
+def test_cell_sums_up_last_and_best_over_seeds(full: Bench) -> None:
+    cell = full.cell("DPFP-1")
+    assert cell.ours["last"].values == (0.12, 0.24)
+    assert cell.ours["last"].std == pytest.approx(0.12 / math.sqrt(2))
+    assert cell.ours["best"].values == (0.1, 0.2)
+    assert cell.steps["best"].values == (200, 200)
+    assert cell.steps["last"].mean == 300
+    assert cell.difference("last") == pytest.approx(0.18 - 0.15)
+    assert cell.difference("best") == pytest.approx(0.15 - 0.11)
+
+
+def test_missing_runs_stay_visible(full: Bench) -> None:
+    texts = {cell.row: wording.summary(cell.ours["best"]) for cell in full.cells(protocol="corrected")[::2]}
+    assert texts == {"DPFP-1": "-- (0/2)", "Linear": "1.0e−4 (1/2)"}
+
+
+def test_diverged_run_is_shown_as_such_and_not_averaged(bench: Bench) -> None:
+    bench.add("Linear", [0.3, math.nan])
+    assert wording.summary(bench.cell("Linear").ours["last"]) == "diverged (1/2)"
+    bench.add("Linear", [0.3, 0.2], seed=2)
+    cell = bench.cell("Linear")
+    assert wording.summary(cell.ours["last"]) == "0.200 (2, 1 diverged)"
+    # the best evaluation before a run diverged is one, as in the authors' logs
+    assert cell.ours["best"].values == (0.3, 0.2)
+
+
+def test_status_diverged_counts_where_the_loss_is_finite(bench: Bench) -> None:
+    bench.add("Linear", [0.3, 1e9], status="diverged")
+    assert wording.summary(bench.cell("Linear").ours["last"]) == "diverged (1/2)"
+
+
+def test_failed_run_is_missing_and_named(bench: Bench) -> None:
+    bench.add("Linear", [0.3], status="failed")
+    bench.add("DPFP-1", [0.3])
+    assert wording.summary(bench.cell("Linear").ours["last"]) == "-- (0/2)"
+    assert wording.completeness(bench.selection()) == "1 of 8 runs, 1 failed"
+
+
+def test_profiles_and_protocols_are_never_mixed(full: Bench) -> None:
+    places = {
+        (selection.plan.profile, selection.plan.protocol): {(run.profile, run.protocol) for run in selection.runs}
+        for selection in selections(full.write().project, read_results(full.root), ["figure8"])
+    }
+    assert list(places) == [("short", "released"), ("short", "corrected"), ("smoke", "released")]
+    assert all(runs == {place} for place, runs in places.items())
+
+
+def test_other_version_of_the_protocol_is_left_out(bench: Bench) -> None:
+    bench.add("Linear", [0.3], version="1", key="old")
+    bench.add("Linear", [0.2], seed=2)
+    selection = bench.selection()
+    assert [run.seed for run in selection.runs] == [2]
+    assert "1 of another version of the protocol left out" in wording.completeness(selection)
+
+
+def test_of_two_runs_the_one_with_the_settings_of_the_experiment_file_counts(bench: Bench) -> None:
+    bench.add("Linear", [0.9], key="aaaa")
+    bench.add("Linear", [0.2])
+    assert bench.cell("Linear").ours["last"].values == (0.2,)
+
+
+def test_run_with_other_settings_is_named(bench: Bench) -> None:
+    bench.add("Linear", [0.9], key="aaaa")
+    assert "1 made with other settings" in wording.completeness(bench.selection())
+
+
+def test_two_runs_of_unknown_settings_are_refused(bench: Bench) -> None:
+    bench.add("Linear", [0.9], key="aaaa")
+    bench.add("Linear", [0.2], key="bbbb")
+    with pytest.raises(UserError, match=r"2 runs of figure8/Linear/n_keys=20/seed1 .*aaaa, bbbb"):
+        bench.selection()
+
+
+def test_further_seeds_count_in_the_mean_but_not_as_planned(bench: Bench) -> None:
+    for seed in (1, 2, 3):
+        bench.add("Linear", [0.1 * seed], seed=seed)
+    assert wording.summary(bench.cell("Linear").ours["last"]) == "0.200 ± 0.100 (3)"
+    assert wording.completeness(bench.selection()) == "2 of 8 runs, 1 with further seeds"
+
+
+def test_view_shows_its_points_of_the_parents_runs(full: Bench) -> None:
+    selection = full.selection("figure9")
+    assert {(run.experiment, run.point) for run in selection.runs} == {("figure8", "n_keys=40")}
+    assert full.cell("Linear", "n_keys=40", name="figure9").released["last"].value is not None
+
+
+def test_higher_is_better_turns_the_best_around(bench: Bench) -> None:
+    key = bench.add("Delta Network", [20.0, 27.0, 25.0], experiment="table9", point="", protocol="corrected",
+                    metric="test/bleu")  # fmt: skip
+    bench.add("Delta Network", [40.0, 35.0], experiment="table9", point="", protocol="corrected", key=key,
+              metric="valid/perplexity")  # fmt: skip
+    bench.paper("Delta Network", "bleu", "27.7", experiment="table9", point="", split="test")
+    cells = {cell.metric.name: cell for cell in bench.cells("table9") if cell.row == "Delta Network"}
+    assert cells["test/bleu"].ours["best"].values == (27.0,)
+    assert wording.difference(cells["test/bleu"], "best") == "−0.7"
+    assert cells["valid/perplexity"].ours["best"].values == (35.0,)
+
+
+# --- how numbers read ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        *[(0.0, "0"), (4.3e-4, "4.3e−4"), (0.00999, "0.0100"), (0.1749, "0.175"), (0.99961, "1.00"), (1.69, "1.69")],
+        *[(9.996, "10.0"), (96.9, "96.9"), (1234.4, "1234"), (-0.01, "−0.0100"), (math.nan, "--")],
+    ],
+)
+def test_number_has_three_significant_digits(value: float, text: str) -> None:
+    assert wording.number(value) == text
+
+
+def test_spread_is_given_to_the_means_last_digit() -> None:
+    assert wording.summary(Summary((0.170, 0.174), 2)) == "0.172 ± 0.003 (2)"
+    assert wording.summary(Summary((34.06, 34.12), 2), 1) == "34.1 ± 0.0 (2)"
+
+
+def test_bound_of_the_paper_is_printed_and_not_subtracted(bench: Bench) -> None:
+    bench.add("Linear Transformer", [300.0], experiment="table9", point="", protocol="corrected",
+              metric="valid/perplexity")  # fmt: skip
+    bench.paper("Linear Transformer", "perplexity", "260", "Table 4; >260 printed", experiment="table9", point="")
+    assert bench.draw("table9") == 0
+    text = (bench.root / "reports/output/short/corrected/table9.md").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("| Linear Transformer"))
+    assert [cell.strip() for cell in line.split("|")[2:5]] == ["300.0 (1)", ">260", "--"]
+
+
+# --- what is drawn ---------------------------------------------------------------------------------------------------
+
+
+def axes_of(bench: Bench, name: str = "figure8", profile: str = "short", protocol: str | None = None) -> Axes:
+    figure = figures.draw(bench.selection(name, profile, protocol), bench.cells(name, profile, protocol))
+    return figure.axes[0]
+
+
+def markers_at(axes: Axes, x: float, y: float) -> set[tuple[object, str]]:
+    return {
+        (line.get_marker(), str(line.get_markerfacecolor()))
+        for line in axes.lines
+        if line.get_linestyle() == "None" and (x, y) in zip(line.get_xdata(), line.get_ydata(), strict=True)
+    }
+
+
+def test_released_runs_are_hollow_in_the_methods_colour(full: Bench) -> None:
+    axes = axes_of(full)
+    assert markers_at(axes, 20, 0.15) == {(LOOKS["DPFP-1"].marker, "#FFFFFF")}
+    assert markers_at(axes, 20, 0.18) == {(LOOKS["DPFP-1"].marker, LOOKS["DPFP-1"].colour)}
+
+
+def test_diverged_points_are_crosses_at_the_top_edge_with_a_legend_entry(full: Bench) -> None:
+    axes = axes_of(full)
+    assert {marker for marker, _ in markers_at(axes, 40, 1.0)} == {"x"}
+    legend = [text.get_text() for text in axes.figure.legends[0].get_texts()]
+    assert legend == ["DPFP-1", "Linear", "authors' released run", "diverged (NaN)"]
+
+
+def test_point_where_one_seed_diverged_has_its_mean_and_a_cross(bench: Bench) -> None:
+    bench.add("Linear", [0.3, 0.2])
+    bench.add("Linear", [0.3, math.nan], seed=2)
+    axes = axes_of(bench)
+    assert markers_at(axes, 20, 0.2) == {(LOOKS["Linear"].marker, LOOKS["Linear"].colour)}
+    assert {marker for marker, _ in markers_at(axes, 20, 1.0)} == {"x"}
+
+
+def test_point_below_the_axis_is_an_arrow_at_its_edge(full: Bench) -> None:
+    axes = axes_of(full, protocol="corrected")
+    assert {marker for marker, _ in markers_at(axes, 20, 0.001)} == {figures.DOWN}
+
+
+def test_learning_curves_end_in_a_marker_and_show_the_released_end(full: Bench) -> None:
+    full.paper("DPFP-1", "last_loss", "0.2", point="n_keys=40")
+    full.paper("DPFP-1", "last_step", "200", point="n_keys=40")
+    axes = axes_of(full, "figure9")
+    assert markers_at(axes, 200, 0.2) == {(LOOKS["DPFP-1"].marker, "#FFFFFF")}
+    assert markers_at(axes, 300, 0.24) == {(LOOKS["DPFP-1"].marker, LOOKS["DPFP-1"].colour)}
+    assert {marker for marker, _ in markers_at(axes, 200, 1.0)} == {"x"}
+
+
+def test_every_output_names_command_commit_runs_and_newest(full: Bench) -> None:
+    for number, run in enumerate(full.runs):
+        run["finished"] = f"2026-01-0{number + 1}T12:00:00Z"
+    assert full.draw("figure8") == 0
+    folder = full.root / "reports/output/short/released"
+    for suffix in ("md", "tex", "csv"):
+        text = (folder / f"figure8.{suffix}").read_text()
+        for word in ("python -m reports figure8", "0123456789", "2026-01-06T12:00:00Z"):
+            assert word in text, (suffix, word)
+    assert b"6 of 8 runs" in (folder / "figure8.png").read_bytes()
+    assert (folder / "figure8.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_same_csv_gives_the_same_bytes_without_torch_or_mlflow(full: Bench) -> None:
+    assert full.draw() == 0
+    output = full.root / "reports/output"
+    before = {path: path.read_bytes() for path in output.rglob("*.*")}
+    assert {path.suffix for path in before} == {".png", ".pdf", ".md", ".tex", ".csv", ".html"}
+    for path in before:
+        path.unlink()
+    # lines in another order are the same results
+    for name in ("runs", "metrics", "paper"):
+        path = full.root / f"results/{name}.csv"
+        header, *lines = path.read_text().splitlines()
+        path.write_text("\n".join([header, *reversed(lines)]) + "\n")
+    code = (
+        "import sys; from reports.__main__ import main; code = main(sys.argv[1:]);"
+        "sys.exit(code or [m for m in ('torch', 'mlflow', 'lightning') if m in sys.modules] or 0)"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT), "TZ": "Asia/Tokyo"}
+    command = [sys.executable, "-c", code, "--root", str(full.root)]
+    subprocess.run(command, check=True, env=environment, cwd=full.root, capture_output=True)
+    after = {path: path.read_bytes() for path in output.rglob("*.*")}
+    assert after.keys() == before.keys()
+    assert [path.name for path in before if before[path] != after[path]] == []
+
+
+def test_latex_escapes_what_latex_reads(full: Bench) -> None:
+    selection, cells = full.selection(), full.cells()
+    text = tables.to_latex(tables.build(selection, cells), selection)
+    assert r"n\_keys" in text
+    assert r"0.180 $\pm$ 0.085 (2)" in text
+    body = [line for line in text.splitlines() if not line.startswith("%")]
+    assert not re.search(r"[±−]", "\n".join(body))
+
+
+def test_page_is_self_contained_and_complete(full: Bench) -> None:
+    assert full.draw() == 0
+    html = (full.root / "reports/output/index.html").read_text()
+    links = re.findall(r'(?:src|href|srcset)="([^"]*)"', html) + re.findall(r"url\(([^)]*)\)", html)
+    assert links
+    assert [link for link in links if not link.startswith(("#", "data:text/csv;base64,"))] == []
+    ids = re.findall(r'\bid="([^"]*)"', html)
+    assert len(ids) == len(set(ids))
+    assert {link[1:] for link in links if link.startswith("#")} <= set(ids)
+    for place in ("short-released", "short-corrected", "smoke-released"):
+        assert f"figure8-{place}" in ids
+    for text in ("make reproduce-figure8 PROFILE=short PROTOCOL=corrected", "Ten steps only.", "6 of 8 runs", "3.0 h",
+                 "prefers-color-scheme: dark", "width=device-width", "0123456789"):  # fmt: skip
+        assert text in html, text
+
+
+def test_figures_on_the_page_take_the_pages_colours(full: Bench) -> None:
+    figure = figures.draw(full.selection(), full.cells())
+    svg = figures.to_svg(figure, "here")
+    assert not [colour for colour in DARK if re.search(rf"(?<!, ){colour}", svg, re.IGNORECASE)]
+    assert "var(--c6cb8ea, #6cb8ea)" in svg
+
+
+# --- colours ---------------------------------------------------------------------------------------------------------
+
+FIGURE2 = ["Softmax", "Linear", "FAVOR+ (64)", "FAVOR+ (128)", "FAVOR+ (512)", "DPFP-1", "DPFP-2", "DPFP-3"]
+FIGURE5 = ["DPFP-1 delta", "DPFP-1 sum", "Schlag (2021)", "Schlag (2021) with DPFP-1", "DPFP-2 delta", "Linear delta",
+           "FAVOR+ (64) delta", "FAVOR+ (128) delta"]  # fmt: skip
+# Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB
+SEEN_BY = {
+    "most": np.eye(3),
+    "protanopes": np.array(
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+    ),
+    "deuteranopes": np.array(
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    ),
+}
+# CIELAB distance; about 2 is just noticeable side by side, markers and lines of a plot need several times that
+APART = 15.0
+
+
+def lab(colour: str, seen: np.ndarray) -> np.ndarray:
+    rgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = seen @ np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = to_xyz @ linear.clip(0, 1) / np.array([0.95047, 1, 1.08883])
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("who", SEEN_BY)
+@pytest.mark.parametrize("rows", [FIGURE2, FIGURE5], ids=["figure2", "figure5"])
+def test_colours_of_one_figure_are_told_apart(rows: list[str], who: str) -> None:
+    close = [
+        (one, other, round(distance, 1))
+        for one, other in itertools.combinations(rows, 2)
+        if (
+            distance := float(
+                np.linalg.norm(lab(LOOKS[one].colour, SEEN_BY[who]) - lab(LOOKS[other].colour, SEEN_BY[who]))
+            )
+        )
+        < APART
+    ]
+    assert close == []
+
+
+def test_one_look_per_method_in_every_figure() -> None:
+    assert looks_of(["Linear", "mine"])["Linear"] == looks_of(FIGURE2)["Linear"]
+    mine = looks_of(["mine", "Linear", "yours"])
+    assert len({mine["mine"], mine["yours"], mine["Linear"]}) == 3
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def refused(bench: Bench, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one sentence with which a command ends."""
+    assert main([*arguments, "--root", str(bench.root)]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_report_before_any_run(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = "no runs for figure8 in results/runs.csv; run `make reproduce-figure8` first"
+    assert expected in refused(bench, capsys, "figure8")
+    assert "run `make smoke` first" in refused(bench, capsys)
+    assert not (bench.root / "reports").exists()
+
+
+def test_all_reports_draw_what_there_is_and_name_the_rest(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.add("Linear", [0.3])
+    assert bench.draw() == 0
+    assert "no runs for table9" in capsys.readouterr().err
+    assert bench.draw("figure8", "table9") == 1
+
+
+def test_unknown_report(full: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    sentence = refused(full.write(), capsys, "figur8")
+    assert "Did you mean 'figure8'? Known: figure8, figure9, table9, readme." in sentence
+
+
+@pytest.mark.parametrize("column", ["run_key", "status", "protocol"])
+def test_missing_column(full: Bench, capsys: pytest.CaptureFixture[str], column: str) -> None:
+    full.runs = [{name: value for name, value in run.items() if name != column} for run in full.runs]
+    full.write()
+    assert f"runs.csv has no column '{column}'" in refused(full, capsys, "figure8")
+
+
+def test_key_that_stands_twice(full: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    full.runs.append(full.runs[0])
+    full.write()
+    assert f"run_key {full.runs[0]['run_key']} twice (lines 2 and 10)" in refused(full, capsys, "figure8")
+
+
+def test_metric_that_stands_twice(full: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    full.points.append((*full.points[0][:4], "0.7"))
+    full.write()
+    assert "valid/loss at step 100 twice" in refused(full, capsys, "figure8")
+
+
+def test_value_that_is_no_number(full: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    full.points.append(("abcd", "valid", "loss", "100", "high"))
+    full.write()
+    assert "value is 'high', which is not a number" in refused(full, capsys, "figure8")
+
+
+@pytest.mark.parametrize(
+    ("section", "complaint"),
+    [
+        (None, "has no `report:` section"),
+        ({"kind": "capacity_plt", "metrics": ["valid/loss"]}, "Did you mean 'capacity_plot'"),
+        ({"kind": "table", "metrics": []}, "metrics is empty"),
+        ({"kind": "table", "metrics": ["valid/loss"], "axis": {}}, "unknown key 'axis'"),
+        ({"kind": "table", "metrics": [{"name": "a/b", "better": "up"}]}, "choose lower or higher"),
+        ({"kind": "table", "metrics": ["a/b"], "y": {"scale": "log", "limits": [0, 1]}}, "above 0 on a log scale"),
+        ({"kind": "table", "metrics": ["a/b"], "y": {"limits": [1, 0]}}, "first must be below the second"),
+        ({"kind": "table", "metrics": ["a/b"], "y": {"limits": "wide"}}, "give two numbers"),
+    ],
+)
+def test_wrong_report_section(section: object, complaint: str) -> None:
+    with pytest.raises(UserError, match=re.escape(complaint)):
+        read_spec("figure8", section)
+
+
+# --- README ----------------------------------------------------------------------------------------------------------
+
+
+def test_readme_block_shows_both_protocols_beside_the_authors(full: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    assert full.draw("readme") == 0
+    text = (full.root / "README.md").read_text()
+    assert text.startswith("# Title\n\n<!-- results:begin -->\n")
+    assert text.endswith("<!-- results:end -->\n\nThe end.\n")
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert table[0] == ["method", "runs", "n_keys=20", "n_keys=40"]
+    assert table[2:5] == [
+        ["DPFP-1", "authors' released, last", "0.150", "--"],
+        ["", "ours, released protocol, last", "0.180 ± 0.085 (2)", "0.180 ± 0.085 (2)"],
+        ["", "ours, corrected protocol, best", "-- (0/2)", "-- (0/2)"],
+    ]
+    capsys.readouterr()
+    assert full.draw("readme", "--check") == 0
+    assert "up to date" in capsys.readouterr().out
+
+
+def test_stale_readme_block_is_found_and_left_alone(full: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    full.write()
+    before = (full.root / "README.md").read_text()
+    assert "stale; run `python -m reports readme`" in refused(full, capsys, "readme", "--check")
+    assert (full.root / "README.md").read_text() == before
+
+
+def test_readme_without_markers(full: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    (full.write().root / "README.md").write_text("# Title\n")
+    assert "needs one line <!-- results:begin -->" in refused(full, capsys, "readme")
+
+
+# --- the paper's numbers ---------------------------------------------------------------------------------------------
+
+
+def test_paper_csv_holds_every_released_run_and_table() -> None:
+    references = read_references(ROOT / "results" / "paper.csv")
+    last = {key[:3]: found.value for key, found in references.items() if key[4] == "last_loss"}
+    assert len(last) == 320
+    assert last["figure2", "DPFP-3", "n_keys=600"] == pytest.approx(0.201, abs=5e-4)
+    assert math.isnan(last["figure5", "FAVOR+ (64) delta", "n_keys=40"])
+    assert references["table2", "Delta Network", "size=small", "test", "perplexity"].value == 35.5
+    assert references["table4", "Linear Transformer", "", "test", "perplexity"].printed == ">260"
+    assert all(found.source for found in references.values())
+    assert {key[0] for key in references} == {"figure2", "figure5", *(f"table{n}" for n in range(1, 7))}
+
+
+def test_paper_numbers_map_released_names_to_rows(tmp_path: Path) -> None:
+    log = ["2", "dpfp1", "ours", "20", "7.7e-4", "700", "7.7e-4", "700"]
+    write_csv(tmp_path / "logs.csv", [paper_numbers.RELEASED_COLUMNS, log])
+    out = tmp_path / "paper.csv"
+    assert paper_numbers.main([str(tmp_path / "logs.csv"), "--out", str(out)]) == 0
+    found = read_references(out)
+    assert found["figure5", "DPFP-1 delta", "n_keys=20", "valid", "last_step"].value == 700
+
+
+def test_paper_numbers_refuse_an_unknown_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = ["2", "dpfp9", "ours", "20", "1", "1", "1", "1"]
+    write_csv(tmp_path / "logs.csv", [paper_numbers.RELEASED_COLUMNS, log])
+    assert paper_numbers.main([str(tmp_path / "logs.csv"), "--out", str(tmp_path / "out.csv")]) == 1
+    assert "2/dpfp9/ours" in capsys.readouterr().err
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_experiment_files_name_rows_and_points_as_paper_csv_does() -> None:
+    project, references = Project(ROOT), read_references(ROOT / "results" / "paper.csv")
+    known = {key[:3] for key in references}
+    for name in report_names(project):
+        for profile in ("smoke", "short", "paper"):
+            plan = load_plan(project, name, profile)
+            strangers = [place for place in plan.seeds if (plan.runs_of, *place) not in known]
+            assert strangers == [], f"{name}, {profile} profile"
+            assert set(plan.spec.readme) <= set(load_plan(project, name, "paper").points)
+
+
+def test_every_experiment_has_a_report() -> None:
+    project = Project(ROOT)
+    assert report_names(project) == experiment_names(project)

@@ -1,0 +1,138 @@
+"""The retrieval model against the released code's equations, written out again step by step."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fwp_lightning.attention import AttentionConfig, FavorConfig
+from fwp_lightning.data.retrieval import RetrievalData
+from fwp_lightning.models.retrieval import RetrievalModel
+
+RELEASED_FAVOR = FavorConfig(scaling="none", stabilizer="none", redraw="never")
+MODELS = {
+    "softmax": AttentionConfig("softmax", "identity"),
+    "elu sum": AttentionConfig("sum", "elu", attention_norm="readout"),
+    "dpfp-1 sum": AttentionConfig("sum", "dpfp", attention_norm="readout", nu=1),
+    "dpfp-3 sum": AttentionConfig("sum", "dpfp", attention_norm="readout", nu=3),
+    "favor sum": AttentionConfig("sum", "favor", attention_norm="readout", n_features=24, favor=RELEASED_FAVOR),
+    "elu delta": AttentionConfig("delta", "elu", phi_norm="sum", query_norm_eps=1e-6),
+    "dpfp-2 delta": AttentionConfig("delta", "dpfp", phi_norm="sum", nu=2, query_norm_eps=1e-6),
+    "favor delta": AttentionConfig(
+        "delta", "favor", phi_norm="sum", n_features=24, favor=RELEASED_FAVOR, query_norm_eps=1e-6
+    ),
+    "tanh fwm": AttentionConfig("fwm", "tanh"),
+    "dpfp-1 fwm": AttentionConfig("fwm", "dpfp", nu=1),
+}
+
+
+def build(config: AttentionConfig, n_keys: int, compute: str, d_key: int = 16) -> RetrievalModel:
+    torch.manual_seed(3)
+    readout_norm = "layer_norm" if config.rule == "fwm" else "none"
+    return RetrievalModel(config, n_keys, d_key, readout_norm=readout_norm, compute=compute).double()
+
+
+def features(x: Tensor, model: RetrievalModel) -> Tensor:
+    """phi as the released code has it; x is one vector."""
+    config = model.memory.config
+    if config.feature_map == "elu":
+        return F.elu(x) + 1
+    if config.feature_map == "tanh":
+        return torch.tanh(x)
+    if config.feature_map == "dpfp":
+        u = torch.cat([torch.relu(x), torch.relu(-x)])
+        return torch.cat([u * u.roll(j) for j in range(1, config.nu + 1)])
+    if config.feature_map == "favor":
+        R = model.memory.feature_map.directions.double()
+        offset = x @ x / 2 + 0.5 * math.log(config.n_features) + 0.5 * math.log(2)
+        return torch.cat([torch.exp(R @ x - offset), torch.exp(-(R @ x) - offset)])
+    return x
+
+
+def released_output(model: RetrievalModel, keys: Tensor, values: Tensor, query: int) -> Tensor:
+    """One sequence, one query, one step at a time (the released synthetic code, rules `sum`, `ours`, `fwm`, softmax)."""
+    config, n = model.memory.config, model.n_keys
+    eye = torch.eye(n, dtype=torch.float64)
+    pairs = [torch.cat([eye[v], model.key_embedding[k]]) for k, v in zip(keys, values, strict=True)]
+    ks = [features(model.W_k @ x + model.b_k, model) for x in pairs]
+    q = features(model.W_q @ model.key_embedding[query] + model.b_q, model)
+    vs = [eye[v] for v in values]
+    if config.rule == "softmax":
+        a = torch.softmax(torch.stack([k @ q for k in ks]) / math.sqrt(model.d_key), 0)
+        return sum(a_t * v for a_t, v in zip(a, vs, strict=True))
+    if config.rule == "sum":
+        W = sum(torch.outer(v, k) for k, v in zip(ks, vs, strict=True))
+        return W @ q / (sum(ks) @ q + 1e-6)
+    betas = [torch.sigmoid(model.W_beta @ x + model.b_beta) for x in pairs]
+    W = torch.zeros(n, len(q), dtype=torch.float64)
+    for t, (k, v, beta) in enumerate(zip(ks, vs, betas, strict=True)):
+        k = k / k.sum() if config.rule == "delta" else k
+        old = W @ k
+        W = W - torch.outer(old, k) + torch.outer(beta * v + (1 - beta) * old, k)
+        if config.rule == "fwm" and t > 0:
+            W = W / (torch.relu(W.norm() - 1) + 1)
+    if config.rule == "delta":
+        return W @ (q / (q.sum() + 1e-6))
+    return F.layer_norm(W @ q, [n])
+
+
+@pytest.mark.parametrize("compute", ["plain", "factored"])
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_gradients_equal_the_released_equations(name: str, compute: str) -> None:
+    model = build(MODELS[name], n_keys=7, compute=compute)
+    data = RetrievalData(n_keys=7, replacement="sum" not in name, batch_size=3, steps_per_block=1, seed=5)
+    keys, values, query, target = (x[0] for x in data.block(0))
+
+    def gradients(loss: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(loss, list(model.parameters())))
+
+    expected = torch.stack(
+        [released_output(model, k, v, int(q)) for k, v, q in zip(keys, values, query.squeeze(-1), strict=True)]
+    )
+    onehot = F.one_hot(target.squeeze(-1), 7).double()
+    expected_loss = (0.5 * (onehot - expected).square()).sum(-1).mean()
+    y = model(keys, values, query).squeeze(1)
+    loss = (0.5 * (onehot - y).square()).sum(-1).mean()
+
+    # both are float64 sums of at most a few thousand terms of order 1
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(gradients(loss), gradients(expected_loss), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_factored_equals_plain_for_many_queries(name: str) -> None:
+    data = RetrievalData(n_keys=9, replacement=True, evaluation_sequences=4, seed=2)
+    batch = data.evaluation(0)
+    plain, factored = (build(MODELS[name], 9, compute) for compute in ("plain", "factored"))
+    factored.load_state_dict(plain.state_dict())
+    outputs = [model(batch.keys, batch.values, batch.queries) for model in (plain, factored)]
+    torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-10)
+    weight = torch.sin(torch.arange(outputs[0].numel()).double()).view_as(outputs[0])
+    grads = [
+        torch.autograd.grad((y * weight).sum(), list(model.parameters()))
+        for y, model in zip(outputs, (plain, factored), strict=True)
+    ]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_the_released_embedding_loads_although_it_has_rows_for_values() -> None:
+    model = build(MODELS["elu sum"], 5, "factored")
+    state = model.state_dict()
+    state["key_embedding"] = torch.cat([state["key_embedding"] + 1, torch.zeros_like(state["key_embedding"])])
+    model.load_state_dict(state)
+    torch.testing.assert_close(model.key_embedding, state["key_embedding"][:5])
+
+
+def test_sizes_are_those_of_the_released_model() -> None:
+    model = RetrievalModel(MODELS["elu delta"], n_keys=600)
+    assert model.key_embedding.shape == (600, 1320)
+    assert model.W_k.shape == (64, 1920)
+    assert model.W_q.shape == (64, 1320)
+    assert model.W_beta.shape == (1, 1920)
+    assert float(model.W_k.detach().abs().max()) <= 1 / 8
