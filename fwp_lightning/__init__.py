@@ -1,4 +1,4 @@
-"""Fast weight programmers: pluggable linear attention and the experiments of Schlag, Irie and Schmidhuber (ICML 2021)."""
+"""Fast weight programmers: pluggable linear attention, and the experiments of Schlag, Irie, Schmidhuber (2021)."""
 
 from importlib.metadata import PackageNotFoundError, version
 

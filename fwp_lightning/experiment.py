@@ -34,8 +34,9 @@ VIEW_KEYS = ("title", "source", "runs_of", "rows", "grid", "profiles", "deviatio
 
 # settings that decide where things are written, what is shown or how data are fetched, never what is computed
 NOT_IN_KEY = {
-    "barebones", "default_root_dir", "enable_checkpointing", "enable_model_summary", "enable_progress_bar", "logger",
-    "log_every_n_steps", "num_workers", "persistent_workers", "pin_memory", "prefetch_factor", "profiler",
+    "backend", "barebones", "compute", "default_root_dir", "enable_checkpointing", "enable_model_summary",
+    "enable_progress_bar", "logger", "log_every_n_steps", "num_workers", "persistent_workers", "pin_memory",
+    "prefetch_factor", "profiler",
 }  # fmt: skip
 PATH_WORDS = {"cache", "dir", "directory", "file", "folder", "path", "root"}
 

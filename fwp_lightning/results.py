@@ -222,7 +222,8 @@ def format_number(value: float) -> str:
     # MLflow stores infinities as the largest double
     if abs(value) > 1.7e308:
         return "inf" if value > 0 else "-inf"
-    return f"{value:.9g}" if abs(value) < 1e9 or value != int(value) else str(int(value))
+    # counts keep all their digits
+    return str(int(value)) if value.is_integer() and abs(value) < 2**53 else f"{value:.9g}"
 
 
 def _run_order(row: Row) -> tuple[Any, ...]:

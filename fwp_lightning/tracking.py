@@ -434,12 +434,18 @@ class RunRecorder:
         self._patience = RETRY_SECONDS
         self.journal.unlink(missing_ok=True)
 
+    def secure(self) -> bool:
+        """Put everything that waits into the store or the journal; return whether nothing is left in memory."""
+        self.flush()
+        return not self.undelivered
+
     def finish(self, status: Status, tags: Mapping[str, str] | None = None) -> None:
         """Deliver everything, then the tags (``complete`` among them) last, and close the run."""
         self.flush(insist=True)
         self._queue.append({"op": "status", "status": status})
         self.set_tags(tags or {})
-        self.flush(insist=True)
+        # a store that refused a moment ago is not waited for a second time
+        self.flush(insist=not self.journal.exists())
 
     def _refused(self, error: Exception) -> None:
         log.warning("%s: the MLflow store refused (%s); points wait in the run's journal", self.name, _short(error))

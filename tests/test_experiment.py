@@ -172,7 +172,7 @@ def test_a_wrong_choice_is_one_sentence(toy, chosen, sentence):
 
 
 def test_an_unknown_experiment_names_the_nearest(toy):
-    with pytest.raises(UserError, match="unknown experiment 'tou'. Did you mean 'toy'"):
+    with pytest.raises(UserError, match=r"unknown experiment 'tou'\. Did you mean 'toy'"):
         load_experiment("tou", toy.project)
 
 

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "experiment": {"errors", "registry"},
     "tracking": {"errors", "registry", "experiment"},
     "results": {"errors", "registry", "experiment", "tracking"},
-    "bench": {"errors", "registry", "seeding", "ops", "attention"},
+    "bench": {"errors", "registry", "seeding", "ops", "attention", "models", "data", "tasks"},
     "sweep": {"errors", "registry", "seeding", "experiment", "tracking", "results", "tasks"},
     "cli": None,
     "__main__": None,

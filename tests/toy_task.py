@@ -52,7 +52,7 @@ class ToyTask(LightningModule):
 
     def __init__(
         self,
-        attention: ToyMap = ToyMap(),  # noqa: B008 - frozen
+        attention: ToyMap = ToyMap(),
         learning_rate: float = 0.05,
         noise: float = 0.1,
         seconds_per_step: float = 0.0,
@@ -104,8 +104,9 @@ class ToyTask(LightningModule):
             raise RuntimeError("the toy was told to fail")
         self.done += 1
         loss = (self.model(x + self.noise * torch.randn_like(x)) - y).square().mean()
-        self.log("train/loss", loss)
-        self.log("step", float(self.steps))
+        # a mean over the epoch, which Lightning logs after the hooks of its end
+        self.log("train/loss", loss, on_step=False, on_epoch=True)
+        self.log("step", float(self.steps), on_step=False, on_epoch=True, reduce_fx="max")
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:

@@ -1,4 +1,4 @@
-"""The pluggable part: an attention is a point in a product of named axes (rule, feature map, normalisations, backend)."""
+"""The pluggable part: an attention is a point in a product of named axes (rule, map, normalisations, backend)."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

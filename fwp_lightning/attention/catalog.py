@@ -55,7 +55,7 @@ def backends() -> list[BackendEntry]:
             continue
         name = _registered_name(call.func, "BACKENDS")
         if name:
-            computed = tuple(key.value for key in call.args[0].keys if isinstance(key, ast.Constant))
+            computed = tuple(str(key.value) for key in call.args[0].keys if isinstance(key, ast.Constant))
             entries.append(BackendEntry(name, computed, True, "PyTorch only: any device, no compiler"))
     return entries
 

@@ -1,4 +1,4 @@
-"""The named axes of an attention, checked at construction. Imports no torch, so that listing and validating stay fast."""
+"""The named axes of an attention, checked at construction. Imports no torch: listing and validating stay fast."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class FavorConfig:
     """The five choices that the name FAVOR+ leaves open; the two parts of the released code differ in them."""
 
     features: Literal["orthogonal", "independent"] = "orthogonal"
-    """Random directions orthogonal in groups of the input size (FAVOR+), or independent Gaussian rows (the paper's text)."""
+    """Random directions orthogonal in groups of the input size (FAVOR+), or independent Gaussian (the text)."""
     scaling: Literal["none", "rsqrt_sqrt_d"] = "rsqrt_sqrt_d"
     """Multiply inputs by d^(-1/4), so that the kernel is exp(q.k / sqrt(d)); the released code does not: exp(q.k)."""
     stabilizer: Literal["none", "sequence", "vector"] = "sequence"
-    """Subtract the largest exponent: of a whole key sequence (cancels in attention_norm), or of each vector (in phi_norm sum)."""
+    """Subtract the largest exponent: of a key sequence (cancels in attention_norm) or of each vector (in phi_norm)."""
     kernel_eps: float = 0.0
     """Added to every exponential before the 1/sqrt(2m); the released language model has 1e-4."""
     redraw: Literal["never", "training", "always"] = "training"
-    """When the random matrix is drawn anew: never, at each training forward, or at every forward, evaluation included."""
+    """When the random matrix is drawn anew: never, at training forwards, or at every one, evaluation included."""
 
     def __post_init__(self) -> None:
         for name in ("features", "scaling", "stabilizer", "redraw"):
@@ -44,7 +44,7 @@ OUTPUT_SCALES = ("none", "rsqrt_d")
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """One attention as a point in a product of named axes. Raises ``ValueError`` with one sentence for a senseless one."""
+    """One attention as a point in a product of named axes; ``ValueError`` with one sentence for a senseless one."""
 
     rule: str = "delta"
     """How a key-value pair is written: softmax, sum, delta, fwm, or a registered one."""
@@ -53,9 +53,9 @@ class AttentionConfig:
     phi_norm: str = "none"
     """sum: divide phi(k) and phi(q) by the sum of their features (eq. 29)."""
     attention_norm: str = "none"
-    """Divide the read-out (readout), and also what a delta write retrieves (both), by z . phi(q) (eqs. 18-19, 26-28)."""
+    """Divide the read-out (readout), and what a delta write retrieves (both), by z . phi(q) (eqs. 18-19, 26-28)."""
     output_scale: str = "none"
-    """rsqrt_d: multiply the read-out by 1/sqrt(d_head), as the released language model does and the paper's equations do not."""
+    """rsqrt_d: multiply the read-out by 1/sqrt(d_head): the released language model does, the equations do not."""
     backend: str = "auto"
     """Who computes the rule; changes speed, never the result beyond rounding."""
     nu: int = 1
@@ -89,12 +89,13 @@ class AttentionConfig:
             for name, sensible in (("feature_map", "identity"), ("phi_norm", "none"), ("attention_norm", "none")):
                 if getattr(self, name) != sensible:
                     raise ValueError(
-                        f"rule softmax has no {name}={getattr(self, name)}: it normalises by itself; set {name}: {sensible}"
+                        f"rule softmax has no {name}={getattr(self, name)}: it normalises by itself; "
+                        f"set {name}: {sensible}"
                     )
         if self.attention_norm == "both" and self.rule != "delta":
             raise ValueError(
-                f"attention_norm=both divides what a delta write retrieves; rule {self.rule} retrieves nothing that way: "
-                "set attention_norm: readout or none"
+                f"attention_norm=both divides what a delta write retrieves; rule {self.rule} retrieves nothing that "
+                "way: set attention_norm: readout or none"
             )
         if self.rule == "fwm" and self.attention_norm != "none":
             raise ValueError("rule fwm rescales its memory, so no accumulator z fits it; set attention_norm: none")
@@ -104,7 +105,9 @@ class AttentionConfig:
                 "set phi_norm: sum or favor.stabilizer: sequence"
             )
         if self.feature_map == "favor" and self.favor.stabilizer != "none" and self.rule == "fwm":
-            raise ValueError("favor.stabilizer changes the size of keys, which rule fwm keeps; set favor.stabilizer: none")
+            raise ValueError(
+                "favor.stabilizer changes the size of keys, which rule fwm keeps; set favor.stabilizer: none"
+            )
 
 
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

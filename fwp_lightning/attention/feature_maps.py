@@ -90,7 +90,7 @@ class _EluFeatures(Function):
         return slope + x.clamp(min=0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (slope,) = ctx.saved_tensors
         return grad * slope
 
@@ -103,8 +103,8 @@ class Dpfp(FeatureMap):
         super().__init__(d_key, config)
         if config.nu > d_key - 1:
             raise ValueError(
-                f"nu={config.nu} is over d_key-1={d_key - 1}: the shift by d_key={d_key} pairs relu(x) with relu(-x), which is "
-                "always 0, and further shifts only repeat earlier products; choose a smaller nu"
+                f"nu={config.nu} is over d_key-1={d_key - 1}: the shift by d_key={d_key} pairs relu(x) with relu(-x), "
+                "which is always 0, and further shifts only repeat earlier products; choose a smaller nu"
             )
         self.nu = config.nu
         self.n_out = 2 * d_key * config.nu
@@ -134,7 +134,7 @@ class _DpfpFeatures(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         u = torch.cat([x, -x], dim=-1).relu_()
         grad_u = torch.zeros_like(u)
@@ -149,8 +149,8 @@ class _DpfpFeatures(Function):
 class Favor(FeatureMap):
     """FAVOR+ (eqs. 31-32; Choromanski et al. 2021): phi(x) = exp(-|x|^2/2) [exp(R x), exp(-R x)] / sqrt(2 m).
 
-    R ``[m, d_key]`` lives in a buffer, and the generator that draws it in the state dict, so that a resumed run draws what an
-    undisturbed one would have drawn.
+    R ``[m, d_key]`` lives in a buffer, and the generator that draws it in the state dict, so that a resumed run draws
+    what an undisturbed one would have drawn.
     """
 
     directions: Tensor
@@ -194,7 +194,7 @@ class Favor(FeatureMap):
             return ops.attention_weights(self.queries(q), keys)
         self._maybe_resample()
         k_HT = self._scaled(k).transpose(1, 2)
-        offset = 0.5 * math.log(2 * self.m)
+        offset: Tensor | float = 0.5 * math.log(2 * self.m)
         if self.options.stabilizer == "sequence":
             offset = offset + self._largest_exponent(k_HT, (2, 3))
         eps = self.options.kernel_eps / math.sqrt(2 * self.m)

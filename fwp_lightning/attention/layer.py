@@ -95,7 +95,7 @@ class FastWeightMemory(nn.Module):
         return self.rule.has_attention_weights and self.config.attention_norm != "both"
 
     def attention_weights(self, q: Tensor, k: Tensor, beta: Tensor | None = None) -> Tensor:
-        """Return ``a`` ``[B, H, N, T]``: what ``read`` after ``write`` gives is ``sum_t a_{n,t} v_t``, whatever the values."""
+        """Return ``a`` ``[B, H, N, T]``: ``read`` after ``write`` gives ``sum_t a_{n,t} v_t``, whatever the values."""
         if self.rule.kernel_is_enough and self.config.phi_norm == "none":
             weights = kernel = self.feature_map.kernel(_at_least_float32(q), _at_least_float32(k))
         else:
@@ -116,7 +116,9 @@ class FastWeightMemory(nn.Module):
         self, q: Tensor | None, k: Tensor, v: Tensor, beta: Tensor | None, state: MemoryState | None, causal: bool
     ) -> tuple[Tensor | None, MemoryState]:
         if not causal and self.rule.causal_only:
-            raise ValueError(f"rule {self.config.rule} writes in an order, so it has no non-causal form; use sum or softmax")
+            raise ValueError(
+                f"rule {self.config.rule} writes in an order, so it has no non-causal form; use sum or softmax"
+            )
         if self.rule.uses_beta and beta is None:
             raise ValueError(f"rule {self.config.rule} needs beta, the write strength of each step")
         beta = None if beta is None else _at_least_float32(beta)
@@ -127,10 +129,17 @@ class FastWeightMemory(nn.Module):
             z_0 = k.new_zeros(k.shape[0], *k.shape[2:]) if state is None or state.z is None else state.z
             z_BTHK = k.cumsum(1) + z_0.unsqueeze(1)
         if norm == "both":
-            assert z_BTHK is not None and beta is not None
+            assert z_BTHK is not None
+            assert beta is not None
             k_write, beta_write = self._normalised_retrieval(k, beta, z_BTHK - k, fresh=state is None)
         o, memory = self.rule.scan(
-            q, k_write, v, beta=beta_write, state=state.memory if state else None, backend=self.config.backend, causal=causal
+            q,
+            k_write,
+            v,
+            beta=beta_write,
+            state=state.memory if state else None,
+            backend=self.config.backend,
+            causal=causal,
         )
         if o is not None and q is not None and z_BTHK is not None:
             z_read = z_BTHK if causal else z_BTHK[:, -1:]
@@ -153,7 +162,7 @@ class FastWeightMemory(nn.Module):
 
 
 class FastWeightAttention(nn.Module):
-    """Multi-head attention over a fast weight memory: ``[B, T, d_model] -> [B, T, d_model]``, no biases, no residual."""
+    """Multi-head attention over a fast weight memory: ``[B, T, d_model]`` to the same, no biases, no residual."""
 
     def __init__(self, config: AttentionConfig, d_model: int, n_heads: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Update rules as the layer sees them: how pairs are written into a state and read from it.
 
-A rule is one class: its op, what it needs, and, where they exist, the effective attention weights of a query that is read
-last. Feature maps and normalisers are applied before, by ``layer.FastWeightMemory``.
+A rule is one class: its op, what it needs, and, where they exist, the effective attention weights of a query that is
+read last. Feature maps and normalisers are applied before, by ``layer.FastWeightMemory``.
 """
 
 from __future__ import annotations
@@ -29,9 +29,18 @@ class Rule:
     kernel_is_enough: ClassVar[bool] = False
     """True if the attention weights are ``phi(k) . phi(q)`` themselves, so that the features need not be built."""
 
-    def scan(self, q: Tensor | None, k: Tensor, v: Tensor, *, beta: Tensor | None, state: State | None, backend: str,
-             causal: bool) -> tuple[Tensor | None, State]:
-        """Write ``k v`` step by step and read each ``q`` after its step; return outputs ``[B, T, H, V]`` and the state."""
+    def scan(
+        self,
+        q: Tensor | None,
+        k: Tensor,
+        v: Tensor,
+        *,
+        beta: Tensor | None,
+        state: State | None,
+        backend: str,
+        causal: bool,
+    ) -> tuple[Tensor | None, State]:
+        """Write ``k v`` step by step, read each ``q`` after its step; return outputs ``[B, T, H, V]`` and the state."""
         raise NotImplementedError
 
     def read(self, q: Tensor, state: State) -> Tensor:

@@ -71,7 +71,8 @@ class RetrievalData(L.LightningDataModule):
             batch_size: sequences per optimiser step.
             steps_per_block: optimiser steps between evaluations.
             evaluation_sequences: fresh sequences per evaluation.
-            evaluation_length: pairs in an evaluation sequence: S (the released code, in both settings) or as in training.
+            evaluation_length: pairs in an evaluation sequence: S (the released code, in both settings) or as in
+                training.
             max_queries: at most this many queries per evaluation sequence, smallest key ids first; 0: all.
             seed: of the data; None: the run's own (seed_everything).
         """
@@ -108,7 +109,11 @@ class RetrievalData(L.LightningDataModule):
         """Return the evaluation data that follow block ``index``."""
         length = self.length if self.evaluation_length == "train" else self.n_keys
         keys, values = draw_pairs(
-            (self.evaluation_sequences,), self.n_keys, length, self.replacement, generator_for(self.seed, "valid", index)
+            (self.evaluation_sequences,),
+            self.n_keys,
+            length,
+            self.replacement,
+            generator_for(self.seed, "valid", index),
         )
         return all_queries(keys, values, self.n_keys, self.max_queries)
 
@@ -128,7 +133,9 @@ class _OnePerEpoch(IterableDataset):  # type: ignore[type-arg]
         self.data, self.kind = data, kind
 
     def __iter__(self) -> Iterator[RetrievalBlock | RetrievalEvaluation]:
-        yield getattr(self.data, self.kind)(self.data.trainer.current_epoch)
+        trainer = self.data.trainer
+        assert trainer is not None
+        yield getattr(self.data, self.kind)(trainer.current_epoch)
 
     def __len__(self) -> int:
         return 1
@@ -156,7 +163,7 @@ def draw_block(
 
 
 def all_queries(keys: Tensor, values: Tensor, n_keys: int, max_queries: int) -> RetrievalEvaluation:
-    """Return each sequence with all its distinct keys as queries, in increasing order, at most ``max_queries`` (0: all)."""
+    """Return sequences with their distinct keys as queries, increasing, at most ``max_queries`` (0: all)."""
     positions = torch.arange(keys.shape[-1]).expand_as(keys)
     last = torch.full((keys.shape[0], n_keys), -1).scatter_reduce_(1, keys, positions, "amax")
     present = last >= 0
@@ -167,4 +174,6 @@ def all_queries(keys: Tensor, values: Tensor, n_keys: int, max_queries: int) -> 
     targets = values.gather(1, last.gather(1, queries).clamp(min=0))
     # columns that no sequence uses would only cost time
     used = int(mask.sum(1).max())
-    return RetrievalEvaluation(keys, values, queries[:, :used], targets[:, :used].where(mask[:, :used], 0), mask[:, :used])
+    return RetrievalEvaluation(
+        keys, values, queries[:, :used], targets[:, :used].where(mask[:, :used], 0), mask[:, :used]
+    )

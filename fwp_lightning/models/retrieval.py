@@ -1,12 +1,13 @@
 """The retrieval model (Sec. 6.1): one fast weight memory over key-value pairs, read once per query.
 
-The value of a pair is a fixed one-hot vector; its key depends on both halves, ``k = W_k [onehot(value), embedding(key)] + b_k``;
-a query is ``q = W_q embedding(key) + b_q``. The output is a vector over the values.
+The value of a pair is a fixed one-hot vector; its key depends on both halves, ``k = W_k [onehot(value),
+embedding(key)] + b_k``; a query is ``q = W_q embedding(key) + b_q``. The output is a vector over the values.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import Any, Literal
 
 import torch
@@ -14,15 +15,17 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, layer_norm, linear, one_hot
 
 from fwp_lightning.attention import AttentionConfig, FastWeightMemory
+from fwp_lightning.ops import PairMemory, pair_readout
 
 
 class RetrievalModel(nn.Module):
     """Predict the value last stored under each queried key.
 
-    ``compute="plain"`` is the definition: pairs are embedded one by one and written into the memory. ``compute="factored"`` is the
-    same function of the same parameters, using three facts: ``W_k`` acts on one-hot values and on few embeddings, so projections
-    are tables; values are one-hot, so the read-out is a scatter of attention weights; a query that is read last needs those
-    weights only, not the memory.
+    ``compute="plain"`` is the definition: pairs are embedded one by one and written into the memory.
+    ``compute="factored"`` is the same function of the same parameters, using three facts: ``W_k`` acts on one-hot
+    values and on few embeddings, so projections are tables; values are one-hot, so the read-out is a scatter of
+    attention weights; a query that is read last needs those weights only, not the memory. ``compute="compiled"`` has the
+    training step of some rules and maps in C++, and ``auto`` takes it where it exists.
     """
 
     def __init__(
@@ -31,12 +34,14 @@ class RetrievalModel(nn.Module):
         n_keys: int,
         d_key: int = 64,
         readout_norm: Literal["none", "layer_norm"] = "none",
-        compute: Literal["plain", "factored"] = "factored",
+        compute: Literal["auto", "plain", "factored", "compiled"] = "auto",
     ) -> None:
         super().__init__()
         self.n_keys, self.d_key = n_keys, d_key
         self.readout_norm, self.compute = readout_norm, compute
         self.memory = FastWeightMemory(attention, d_key)
+        # the kernel knows the axes as this module's configuration has them
+        self._pair_memory = PairMemory(**{f.name: getattr(attention, f.name) for f in fields(PairMemory)})
         # the released code's size of an embedding: 1.1 times the whole vocabulary of keys and values
         d_embedding = int((n_keys + n_keys) * 1.1)
         d_pair = n_keys + d_embedding
@@ -66,37 +71,63 @@ class RetrievalModel(nn.Module):
 
     def forward(self, keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
         """Return predictions ``[B, Q, S]`` for key ids and value ids ``[B, T]`` and queried key ids ``[B, Q]``."""
-        k, beta = self._plain_keys(keys, values) if self.compute == "plain" else self._factored_keys(keys, values)
-        # one head: [B, T, 1, D]
-        k = k.unsqueeze(2)
-        beta = None if beta is None else torch.sigmoid(beta).unsqueeze(2)
-        q = linear(embedding(queries, self.key_embedding), self.W_q, self.b_q).unsqueeze(2)
-        if self.compute == "factored" and self.memory.has_attention_weights:
-            y = self._scatter(self.memory.attention_weights(q, k, beta).squeeze(1), values)
+        q = linear(embedding(queries, self.key_embedding), self.W_q, self.b_q)
+        if self.compute == "plain":
+            y = self._write_and_read(*self._plain_keys(keys, values), values, q)
+        elif queries.shape[1] == 1 and self._is_compiled():
+            key_table, value_table = self._tables()
+            y = pair_readout(self._pair_memory, key_table, value_table, q[:, 0], keys, values, self._beta(keys, values))
+            y = y.unsqueeze(1)
         else:
-            v = one_hot(values, self.n_keys).to(k.dtype).unsqueeze(2)
-            y = self.memory.read(q, self.memory.write(k, v, beta)).squeeze(2)
+            key_table, value_table = self._tables()
+            k = embedding(keys, key_table) + embedding(values, value_table)
+            beta = self._beta(keys, values)
+            if self.memory.has_attention_weights:
+                y = self._scatter_weights(k, beta, values, q)
+            else:
+                y = self._write_and_read(k, beta, values, q)
         return layer_norm(y, (self.n_keys,)) if self.readout_norm == "layer_norm" else y
 
-    def _plain_keys(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
-        pairs = torch.cat(
-            [one_hot(values, self.n_keys).to(self.W_k.dtype), embedding(keys, self.key_embedding)], dim=-1
-        )
-        k = linear(pairs, self.W_k, self.b_k)
-        return k, linear(pairs, self.W_beta, self.b_beta).squeeze(-1) if self.memory.rule.uses_beta else None
+    def _is_compiled(self) -> bool:
+        """Whether the compiled read-out serves; asked for by name it must."""
+        if self.compute == "factored":
+            return False
+        reason = self._pair_memory.why_not(self.W_k.dtype, self.W_k.device)
+        if reason and self.compute == "compiled":
+            raise ValueError(f"model.compute=compiled cannot run: {reason}; set model.compute: auto")
+        return reason is None
 
-    def _factored_keys(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
-        W_value, W_embedding = self.W_k.split([self.n_keys, self.key_embedding.shape[1]], dim=1)
-        k = embedding(keys, linear(self.key_embedding, W_embedding, self.b_k)) + embedding(values, W_value.T)
+    def _write_and_read(self, k: Tensor, beta: Tensor | None, values: Tensor, q: Tensor) -> Tensor:
+        # one head: [B, T, 1, D]
+        v = one_hot(values, self.n_keys).to(k.dtype).unsqueeze(2)
+        beta = None if beta is None else beta.unsqueeze(2)
+        return self.memory.read(q.unsqueeze(2), self.memory.write(k.unsqueeze(2), v, beta)).squeeze(2)
+
+    def _scatter_weights(self, k: Tensor, beta: Tensor | None, values: Tensor, q: Tensor) -> Tensor:
+        """Add each attention weight to the component of its one-hot value: ``sum_t a_t onehot(v_t)``."""
+        beta = None if beta is None else beta.unsqueeze(2)
+        weights = self.memory.attention_weights(q.unsqueeze(2), k.unsqueeze(2), beta).squeeze(1)
+        index = values.unsqueeze(1).expand_as(weights)
+        return weights.new_zeros(*weights.shape[:2], self.n_keys).scatter_add(2, index, weights)
+
+    def _plain_keys(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        onehot = one_hot(values, self.n_keys).to(self.W_k.dtype)
+        pairs = torch.cat([onehot, embedding(keys, self.key_embedding)], dim=-1)
+        k = linear(pairs, self.W_k, self.b_k)
         if not self.memory.rule.uses_beta:
             return k, None
-        w_value, w_embedding = self.W_beta[0].split([self.n_keys, self.key_embedding.shape[1]])
-        return k, (self.key_embedding @ w_embedding + self.b_beta)[keys] + w_value[values]
+        return k, torch.sigmoid(linear(pairs, self.W_beta, self.b_beta)).squeeze(-1)
 
-    def _scatter(self, weights_BQT: Tensor, values_BT: Tensor) -> Tensor:
-        """Add each weight to the component of its one-hot value: ``sum_t a_t onehot(v_t)``."""
-        index = values_BT.unsqueeze(1).expand_as(weights_BQT)
-        return weights_BQT.new_zeros(*weights_BQT.shape[:2], self.n_keys).scatter_add(2, index, weights_BQT)
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        """Return ``[S, D]`` each: the key half of ``k`` for every key id, its value half for every value id."""
+        W_value, W_embedding = self.W_k.split([self.n_keys, self.key_embedding.shape[1]], dim=1)
+        return linear(self.key_embedding, W_embedding, self.b_k), W_value.T
+
+    def _beta(self, keys: Tensor, values: Tensor) -> Tensor | None:
+        if not self.memory.rule.uses_beta:
+            return None
+        w_value, w_embedding = self.W_beta[0].split([self.n_keys, self.key_embedding.shape[1]])
+        return torch.sigmoid((self.key_embedding @ w_embedding + self.b_beta)[keys] + w_value[values])
 
 
 def _drop_unused_embeddings(module: RetrievalModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

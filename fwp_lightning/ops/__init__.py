@@ -1,7 +1,8 @@
 """Fast weight memories as pure functions on tensors: unscaled, nothing written in place, state in and state out.
 
-Layout is ``[B, T, H, D]``; a state is ``[B, H, K, V]``. Splitting a sequence anywhere and passing the state on equals the whole
-sequence, and gradients flow to every input and to the incoming state. ``README.md`` derives the chunked forms.
+Layout is ``[B, T, H, D]``; a state is ``[B, H, K, V]``. Splitting a sequence anywhere and passing the state on equals
+the whole sequence, and gradients flow to every input and to the incoming state. ``README.md`` derives the chunked
+forms.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from fwp_lightning.ops.backends import BACKENDS, backends_of, check, implementation, why_not
+from fwp_lightning.ops.pair_readout import PairMemory, pair_readout
 from fwp_lightning.ops.single_read import delta_weights, dpfp_kernel, exponential_kernel, flushing_exp, sum_weights
 
 __all__ = [
     "BACKENDS",
+    "PairMemory",
     "attention_weights",
     "backends_of",
     "delta_rule",
@@ -20,6 +23,7 @@ __all__ = [
     "exponential_kernel",
     "flushing_exp",
     "fwm_rule",
+    "pair_readout",
     "sum_rule",
     "why_not",
 ]
@@ -34,7 +38,7 @@ def sum_rule(
     causal: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor | None, Tensor]:
-    """Return outputs ``[B, T, H, V]`` and the last state of ``W_t = W_{t-1} + k_t (x) v_t``, ``o_t = W_t^T q_t`` (eqs. 17-19).
+    """Return outputs ``[B, T, H, V]`` and the last state of ``W_t = W_{t-1} + k_t (x) v_t`` (eqs. 17-19).
 
     ``q=None`` only writes. ``causal=False`` reads every query from the last state. No normaliser and no scale.
     Raises ``ValueError`` for tensors that do not fit together or a backend that cannot run.
@@ -58,7 +62,7 @@ def delta_rule(
 def fwm_rule(
     q: Tensor | None, k: Tensor, v: Tensor, beta: Tensor, state: Tensor | None = None, *, backend: str = "auto"
 ) -> tuple[Tensor | None, Tensor]:
-    """Return outputs and the last state of the delta write followed by ``W <- W / max(1, |W|_F)`` (Schlag et al. 2021, FWM).
+    """Return outputs and the last state of the delta write followed by ``W <- W / max(1, |W|_F)`` (FWM, 2021).
 
     The first write into an empty memory (``state=None``) is not rescaled, as in the released code.
     Raises ``ValueError`` for tensors that do not fit together or a backend that cannot run.
@@ -68,7 +72,7 @@ def fwm_rule(
 
 
 def attention_weights(q: Tensor, k: Tensor, beta: Tensor | None = None) -> Tensor:
-    """Return ``a`` ``[B, H, N, T]`` with ``o_n = sum_t a_{n,t} v_t`` for queries ``q`` ``[B, N, H, K]`` read after the last write.
+    """Return ``a`` ``[B, H, N, T]`` with ``o_n = sum_t a_{n,t} v_t`` for queries ``[B, N, H, K]`` read last.
 
     Without ``beta`` the memory was written by the sum rule, with it by the delta rule (from an empty state).
     """

@@ -1,4 +1,4 @@
-"""The sum and delta rules in chunk-parallel matrix form: any device, no compiler. ``README.md`` beside this file derives it.
+"""The sum and delta rules in chunk-parallel matrix form: any device, no compiler. ``README.md`` here derives it.
 
 Within a chunk of C steps everything is a matrix product; only the [K, V] state passes from chunk to chunk.
 """

@@ -28,7 +28,7 @@ def fwm_rule(
 
 
 class _FwmScan(Function):
-    """Outputs ``[T, G, V]`` and the last memory ``[G, K, V]`` of G independent sequences; keeps all memories for backward."""
+    """Outputs ``[T, G, V]`` and the last memory ``[G, K, V]`` of G sequences; keeps all memories for backward."""
 
     @staticmethod
     def forward(
@@ -57,7 +57,7 @@ class _FwmScan(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_o: Tensor | None, grad_W: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_o: Tensor | None, grad_W: Tensor) -> tuple[Tensor | None, ...]:
         q, k, beta, memories, written, errors, scales = ctx.saved_tensors
         grad_q = None if q is None else (memories[1:] @ grad_o.unsqueeze(-1)).squeeze(-1)  # type: ignore[union-attr]
         grad_k, grad_v, grad_beta = torch.empty_like(k), torch.empty_like(errors), torch.empty_like(beta)

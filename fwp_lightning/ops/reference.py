@@ -1,7 +1,7 @@
 """The definition of each update rule: one loop over time steps, any dtype, differentiable by autograd.
 
-Legend: B batch, T steps, H heads, K features of a key, V value size. The state ``W`` is ``[B, H, K, V]``; writing adds an
-outer product ``k (x) u`` to it and reading gives ``o = W^T q``.
+Legend: B batch, T steps, H heads, K features of a key, V value size. The state ``W`` is ``[B, H, K, V]``; writing
+adds an outer product ``k (x) u`` to it and reading gives ``o = W^T q``.
 """
 
 from __future__ import annotations

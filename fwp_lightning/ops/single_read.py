@@ -3,14 +3,15 @@
 For a memory written by T pairs and read by q, the output is ``o = sum_t a_t v_t``. The weights need no [K, V] state:
 
 * sum:   ``a_t = k_t . q``
-* delta: going backwards in time, ``a_t = beta_t k_t . r`` and ``r <- r - a_t k_t``, starting from ``r = q``; this is the adjoint
-  of the delta recurrence, O(T K) per query whatever the value size.
+* delta: going backwards in time, ``a_t = beta_t k_t . r`` and ``r <- r - a_t k_t``, from ``r = q``: the adjoint of
+  the delta recurrence, O(T K) per query whatever the value size.
 
 ``README.md`` beside this file derives the chunked form and its gradient.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear, relu, threshold, threshold_
+from torch.nn.functional import linear, relu, threshold
 
 CHUNK = 32  # the measured optimum of 16, 32, 64 for K = 64 .. 256 on CPU
 
@@ -40,7 +41,7 @@ def delta_weights(q_BNHK: Tensor, k_BTHK: Tensor, beta_BTH: Tensor) -> Tensor:
 
 
 def _chunks(x_GTK: Tensor, size: int) -> Tensor:
-    """[G, T, K] -> contiguous [M, G, C, K], filled with zeros in front, so that the last write stays at the end of a chunk."""
+    """[G, T, K] -> contiguous [M, G, C, K], zeros in front, so that the last write stays at the end of a chunk."""
     g, t, n_features = x_GTK.shape
     m = -(-t // size)
     chunks = x_GTK.new_zeros(m, g, size, n_features)
@@ -81,7 +82,7 @@ class _DeltaWeights(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         k_c, beta_c, gram, inverse, weights, r_end = ctx.saved_tensors
         grad_c = _chunks(grad.mT, CHUNK).mT.contiguous()
         p = torch.zeros_like(r_end[0])
@@ -105,15 +106,24 @@ def dpfp_kernel(q_BHD: Tensor, k_BTHD: Tensor, nu: int) -> Tensor:
     """Return ``phi(k_t) . phi(q)`` as ``[B, H, T]`` for DPFP-nu (eq. 37) without building the 2 D nu features.
 
     One query per sequence. With ``p = relu(k * q)`` (of each pair relu(x), relu(-x) only the half on the query's side
-    of zero counts), the inner product is the quadratic form ``p^T C p / 2``, C a 0/1 matrix made of the query's signs.
+    of zero counts), the inner product is a quadratic form ``p^T C p``; C depends on the query's signs alone.
     """
-    size = q_BHD.shape[-1]
-    position = torch.arange(size, device=q_BHD.device) + size * (q_BHD < 0)
-    offset = (position.unsqueeze(-1) - position.unsqueeze(-2)).remainder(2 * size)
-    # every ordered pair at distance 1..nu on the ring of 2 D, made symmetric
-    neighbours = (((offset >= 1) & (offset <= nu)).to(k_BTHD.dtype) + (offset >= 2 * size - nu).to(k_BTHD.dtype)) * 0.5
-    kernel: Tensor = _QuadraticForm.apply(q_BHD, k_BTHD.transpose(1, 2), neighbours)
+    same, opposite = _ring_neighbours(q_BHD.shape[-1], nu, k_BTHD.dtype, k_BTHD.device)
+    sign = torch.where(q_BHD < 0, -1, 1).to(k_BTHD.dtype)
+    matrix = torch.addcmul(same + opposite, sign.unsqueeze(-1) * sign.unsqueeze(-2), same - opposite)
+    kernel: Tensor = _QuadraticForm.apply(q_BHD, k_BTHD.transpose(1, 2), matrix)
     return kernel
+
+
+@functools.lru_cache(maxsize=16)
+def _ring_neighbours(size: int, nu: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Quarter weights of coordinate pairs 1 .. nu apart on the ring of 2 D, on the same half and on opposite halves."""
+    offset = torch.arange(size).unsqueeze(-1) - torch.arange(size)
+    same, opposite = (
+        ((d >= 1) & (d <= nu)).to(dtype) + (d >= 2 * size - nu).to(dtype)
+        for d in (offset.remainder(2 * size), (offset + size).remainder(2 * size))
+    )
+    return (same / 4).to(device), (opposite / 4).to(device)
 
 
 def flushing_exp(x: Tensor) -> Tensor:
@@ -131,10 +141,12 @@ def _exponent_floor(dtype: torch.dtype) -> int:
     return math.ceil(math.log(torch.finfo(dtype).tiny))
 
 
-def exponential_kernel(phi_q_BHE: Tensor, x_BHTD: Tensor, directions_ED: Tensor, offset: Tensor | float, eps: float) -> Tensor:
-    """Return ``phi(x_t) . phi_q`` as ``[B, H, T]``, ``phi(x) = exp(R x - |x|^2/2 - offset) + eps`` (eqs. 31-32), for one query.
+def exponential_kernel(
+    phi_q_BHE: Tensor, x_BHTD: Tensor, directions_ED: Tensor, offset: Tensor | float, eps: float
+) -> Tensor:
+    """Return ``phi(x_t) . phi_q``, ``[B, H, T]``, for ``phi(x) = exp(R x - |x|^2/2 - offset) + eps`` (eqs. 31-32).
 
-    The features are held once; autograd would keep and move five tensors of their size. ``offset`` is a constant.
+    One query a sequence; ``offset`` is a constant. The features are held once: autograd would keep five such tensors.
     """
     kernel: Tensor = _ExponentialKernel.apply(phi_q_BHE, x_BHTD, directions_ED, offset, eps)
     return kernel
@@ -146,7 +158,7 @@ class _ExponentialKernel(Function):
         exponent = linear(x, directions)
         exponent -= x.square().sum(-1, keepdim=True) / 2 + offset
         floor = _exponent_floor(x.dtype)
-        features = threshold_(exponent.clamp_(min=floor).exp_(), 1.01 * math.exp(floor), 0.0)
+        features = torch.threshold_(exponent.clamp_(min=floor).exp_(), 1.01 * math.exp(floor), 0.0)
         kernel = (phi_q.unsqueeze(-2) @ features.mT).squeeze(-2)
         ctx.save_for_backward(phi_q, x, directions, features, kernel)
         ctx.eps = eps
@@ -154,7 +166,7 @@ class _ExponentialKernel(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         phi_q, x, directions, features, kernel = ctx.saved_tensors
         grad = grad.unsqueeze(-1)
         grad_phi_q = (grad.mT @ features).squeeze(-2) + ctx.eps * grad.sum(-2)
@@ -174,7 +186,7 @@ class _QuadraticForm(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         q, k, p, product = ctx.saved_tensors
         grad_p = product * (2 * grad).unsqueeze(-1)
         grad_p.mul_(p > 0)

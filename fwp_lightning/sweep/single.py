@@ -24,8 +24,9 @@ from fwp_lightning.sweep.training import (
     TrackingLogger,
     divergence_of,
     first_cause,
-    save_checkpoint,
+    publish_checkpoint,
     steps_of,
+    write_checkpoint,
 )
 from fwp_lightning.tracking import Origin, RunRecorder, open_store, params_of, run_folder, tags_of
 
@@ -65,7 +66,7 @@ class SingleCLI(LightningCLI):
         self.recorder = self._start_recorder()
         self.measurements = Measurements(self.recorder)
         callbacks = [
-            ExactCheckpoint(self.recorder.folder, seconds=CHECKPOINT_SECONDS, stop=lambda: None),
+            ExactCheckpoint(self.recorder, seconds=CHECKPOINT_SECONDS, stop=lambda: None),
             self.measurements,
         ]
         own = {
@@ -147,7 +148,8 @@ def _record_success(cli: SingleCLI, subcommand: str) -> None:
     assert measurements is not None
     tags = {"complete": "true"}
     if subcommand == "fit":
-        save_checkpoint(cli.trainer, recorder.folder)
+        if write_checkpoint(cli.trainer, recorder.folder):
+            publish_checkpoint(recorder.folder)
         recorder.log_points(measurements.summary(cli.trainer, cli.model), steps_of(cli.trainer, cli.model))
         tags["diverged"] = divergence_of(cli.model, measurements) or ""
     recorder.finish("FINISHED", tags)

@@ -169,44 +169,39 @@ class TrackingLogger(Logger):
 class ExactCheckpoint(Callback):
     """Saves what a run needs to continue bit for bit: Lightning's state and that of the global random generators.
 
-    The file is complete or absent: it is written aside, flushed to the disk and renamed; the former one is kept.
+    The file is complete or absent: it is written aside, flushed to the disk and renamed; the former one is kept. It is
+    renamed only when every point up to it is recorded, so that no point is lost behind a checkpoint.
     """
 
-    def __init__(self, folder: Path, *, seconds: float, stop: Callable[[], float | None]) -> None:
-        """Save to ``folder`` every ``seconds``; ``stop`` returns for how long the run has been asked to end."""
-        self.folder = folder
+    def __init__(self, recorder: RunRecorder, *, seconds: float, stop: Callable[[], float | None]) -> None:
+        """Save every ``seconds``; ``stop`` returns for how long the run has been asked to end."""
+        self.recorder = recorder
         self.seconds = seconds
         self.stop = stop
         self._saved_at = time.monotonic()
+        self._written = False
+        self._stopping = False
         self._random_state: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the random generators, in types that load with weights_only."""
-        kind, keys, *position = np.random.get_state(legacy=True)  # noqa: NPY002 - whatever uses the global one
-        return {
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "python": random.getstate(),
-            "numpy": (kind, keys.tolist(), *position),  # type: ignore[union-attr]
-        }
+        """Return the state of the random generators at the end of the epoch."""
+        return {"random": self._random_state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until training starts: building the loaders draws numbers too."""
-        self._random_state = state_dict
+        """Take the state of the random generators over."""
+        self._random_state = state_dict["random"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the random generators to where the checkpoint left them."""
+        """Start the clock."""
         self._saved_at = time.monotonic()
-        if self._random_state is None:
-            return
-        state, self._random_state = self._random_state, None
-        torch.set_rng_state(state["torch"])
-        if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda"])
-        version, numbers, gauss = state["python"]
-        random.setstate((version, tuple(numbers), gauss))
-        kind, keys, *position = state["numpy"]
-        np.random.set_state((kind, np.array(keys, dtype=np.uint32), *position))  # noqa: NPY002 - as above
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Continue every epoch from where the generators stood at the end of the one before.
+
+        Making a loader's iterator draws a number too, and a resumed run makes other ones than an undisturbed run.
+        """
+        if batch_idx == 0 and self._random_state is not None:
+            set_random_state(self._random_state)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """Stop within an epoch only if its end is long in coming."""
@@ -215,32 +210,71 @@ class ExactCheckpoint(Callback):
             raise RunStopped
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save if it is time; a run that has reached its end has nothing to save."""
-        if trainer.should_stop:
-            return
-        stopping = self.stop() is not None
-        if stopping or time.monotonic() - self._saved_at >= self.seconds:
-            save_checkpoint(trainer, self.folder)
+        """Write a checkpoint aside if it is time; a run that has reached its end has nothing to save."""
+        self._random_state = random_state()
+        self._stopping = self.stop() is not None
+        due = self._stopping or time.monotonic() - self._saved_at >= self.seconds
+        if due and not trainer.should_stop:
+            self._written = write_checkpoint(trainer, self.recorder.folder)
             self._saved_at = time.monotonic()
-        if stopping:
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the checkpoint in place once the epoch's own means, which Lightning logs last, are recorded too."""
+        if self._written:
+            self._written = False
+            if self.recorder.secure():
+                publish_checkpoint(self.recorder.folder)
+        if self._stopping:
             raise RunStopped
 
 
-def save_checkpoint(trainer: Trainer, folder: Path) -> None:
-    """Write last.ckpt, keeping the former as previous.ckpt; a full disk costs the checkpoint, not the run."""
-    partial, last = folder / f"{LAST}.tmp", folder / LAST
+def random_state() -> dict[str, Any]:
+    """Return the state of all global random generators, in types that load with weights_only."""
+    kind, keys, *position = np.random.get_state(legacy=True)  # noqa: NPY002 - whatever uses the global one
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *position),  # type: ignore[union-attr]
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Set all global random generators to a state from ``random_state``."""
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *position = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *position))  # noqa: NPY002 - as above
+
+
+def write_checkpoint(trainer: Trainer, folder: Path) -> bool:
+    """Write a checkpoint aside and return whether that worked; a full disk costs the checkpoint, not the run."""
+    partial = folder / f"{LAST}.tmp"
     try:
         trainer.save_checkpoint(partial)
         _sync(partial)
-        if last.exists():
-            last.replace(folder / PREVIOUS)
-        partial.replace(last)
-        _sync(folder)
     except (OSError, RuntimeError) as error:
         # torch reports a failed write as RuntimeError
         log.warning("no checkpoint in %s: %s", folder, sentence_of(error))
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def publish_checkpoint(folder: Path) -> None:
+    """Make the written checkpoint last.ckpt, the former one previous.ckpt."""
+    last = folder / LAST
+    try:
+        if last.exists():
+            last.replace(folder / PREVIOUS)
+        (folder / f"{LAST}.tmp").replace(last)
+        _sync(folder)
+    except OSError as error:
+        log.warning("no checkpoint in %s: %s", folder, sentence_of(error))
 
 
 def _sync(path: Path) -> None:
@@ -440,7 +474,7 @@ def _train_locked(run: Run, client: MlflowClient, shared: Circumstances, folder:
 
 def _fit(run: Run, recorder: RunRecorder, shared: Circumstances, folder: Path) -> tuple[str | None, bool]:
     """Train; return why the run diverged, if it did, and whether its checkpoints are to be kept."""
-    checkpoint = ExactCheckpoint(folder, seconds=shared.checkpoint_seconds, stop=shared.stop)
+    checkpoint = ExactCheckpoint(recorder, seconds=shared.checkpoint_seconds, stop=shared.stop)
     measurements = Measurements(recorder)
     settings = {"logger": TrackingLogger(recorder), "default_root_dir": str(folder), **SILENT_TRAINER}
     cli = RunCLI(run.config, settings, [checkpoint, measurements])

@@ -40,7 +40,7 @@ class RetrievalTask(L.LightningModule):
         stop_loss: float = 1e-3,
         patience: int = 10,
         max_steps: int = 100_000,
-        compute: Literal["plain", "factored"] = "factored",
+        compute: Literal["auto", "plain", "factored", "compiled"] = "auto",
     ) -> None:
         """Check the numbers.
 
@@ -49,20 +49,21 @@ class RetrievalTask(L.LightningModule):
             d_key: size of a key before the feature map.
             lr: Adam's learning rate.
             readout_norm: layer_norm: a parameter-free LayerNorm on the output, as the released fwm rule has.
-            evaluation_mean: queries: mean over all queries; chunks: the released code's unweighted mean over chunks of batch_size.
+            evaluation_mean: queries: mean over all queries; chunks: the released code's unweighted mean over chunks
+                of batch_size.
             stop_loss: stop when the evaluation loss is at most this.
             patience: stop after this many evaluations in a row without a new minimum.
             max_steps: stop after this many optimiser steps.
-            compute: factored or plain; the same function, at different speed.
+            compute: auto, plain, factored or compiled: the same function, at different speed.
         """
         super().__init__()
-        for name, value in [("d_key", d_key), ("patience", patience), ("max_steps", max_steps), ("lr", lr)]:
-            if not value > 0:
-                raise ValueError(f"model.{name}={value} must be > 0")
+        for name, number in [("d_key", d_key), ("patience", patience), ("max_steps", max_steps), ("lr", lr)]:
+            if not number > 0:
+                raise ValueError(f"model.{name}={number} must be > 0")
         for name, value, known in [
             ("readout_norm", readout_norm, ("none", "layer_norm")),
             ("evaluation_mean", evaluation_mean, ("chunks", "queries")),
-            ("compute", compute, ("plain", "factored")),
+            ("compute", compute, ("auto", "plain", "factored", "compiled")),
         ]:
             if value not in known:
                 raise ValueError(f"model.{name}={value!r} is unknown. Known: {', '.join(known)}.")
@@ -114,12 +115,6 @@ class RetrievalTask(L.LightningModule):
         """Return Adam with its default betas and eps (Sec. 6.1)."""
         return torch.optim.Adam(self.model.parameters(), lr=self.lr, fused=True)
 
-    def loss(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        """Return 0.5 |y - onehot(target)|^2 for each query, ``[B, Q]``."""
-        ones = predictions.new_ones(()).expand(*targets.shape, 1)
-        error = predictions.scatter_add(-1, targets.unsqueeze(-1), -ones)
-        return 0.5 * error.square().sum(-1)
-
     def training_step(self, block: RetrievalBlock, batch_idx: int) -> None:
         """Do one block of optimiser steps."""
         wrapped = self.optimizers()
@@ -127,7 +122,7 @@ class RetrievalTask(L.LightningModule):
         total = torch.zeros(())
         n_steps = block.keys.shape[0]
         for step, (keys, values, query, target) in enumerate(zip(*block, strict=True)):
-            loss = self.loss(self.model(keys, values, query), target).mean()
+            loss = retrieval_loss(self.model(keys, values, query), target).mean()
             optimizer.zero_grad()
             loss.backward()
             # through Lightning once a block, so that its own step count, which checkpoints are named by, moves on
@@ -161,7 +156,7 @@ class RetrievalTask(L.LightningModule):
         """Return the evaluation loss as the protocol defines it."""
         if getattr(self.model.memory.feature_map, "redraw", None) == "always":
             return self._evaluate_by_chunk(batch)
-        losses = self.loss(self.model(batch.keys, batch.values, batch.queries), batch.targets).double()
+        losses = retrieval_loss(self.model(batch.keys, batch.values, batch.queries), batch.targets).double()
         if self.evaluation_mean == "queries":
             return losses[batch.mask].mean()
         means = [
@@ -179,7 +174,9 @@ class RetrievalTask(L.LightningModule):
         for keys, values, queries, targets, mask in zip(*batch, strict=True):
             pairs = zip(queries[mask].split(self._chunk), targets[mask].split(self._chunk), strict=True)
             for query, target in pairs:
-                losses.append(self.loss(self.model(keys[None], values[None], query[None]), target[None])[0].double())
+                losses.append(
+                    retrieval_loss(self.model(keys[None], values[None], query[None]), target[None])[0].double()
+                )
         if self.evaluation_mean == "queries":
             return torch.cat(losses).mean()
         return torch.stack([chunk.mean() for chunk in losses]).mean()
@@ -187,3 +184,10 @@ class RetrievalTask(L.LightningModule):
     def _log(self, name: str, value: Tensor) -> None:
         self.log(name, value, on_step=False, on_epoch=True, batch_size=1)
         self.log("step", float(self.steps), on_step=False, on_epoch=True, batch_size=1)
+
+
+def retrieval_loss(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Return ``0.5 |y - onehot(target)|^2`` for each query, ``[B, Q]``, of predictions ``[B, Q, S]`` (Sec. 6.1)."""
+    ones = predictions.new_ones(()).expand(*targets.shape, 1)
+    error = predictions.scatter_add(-1, targets.unsqueeze(-1), -ones)
+    return 0.5 * error.square().sum(-1)

@@ -1,0 +1,123 @@
+"""Builds the C++ kernels on first use, into a cache, and says in one sentence why where it cannot.
+
+Nothing is compiled at installation. A built library is found again by its source, compiler, flags and processor; two
+processes that build at once wait for each other. ``FWP_CACHE`` names another folder, ``CXX`` another compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+SOURCES = Path(__file__).parent / "csrc"
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+    # vectors are read through pointers to their elements
+    "-fno-strict-aliasing",
+    # errno and traps would stop the compiler from vectorising; NaN and infinity stay as they are
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+)
+BUILD_SECONDS = 300
+
+
+class KernelUnavailable(RuntimeError):
+    """A kernel cannot be used here; the message is the reason."""
+
+
+@functools.cache
+def library(name: str) -> ctypes.CDLL:
+    """Return the loaded library built from ``csrc/<name>.cpp``; raise ``KernelUnavailable`` with the reason."""
+    try:
+        return ctypes.CDLL(str(_built(name)))
+    except OSError as error:
+        raise KernelUnavailable(f"the kernel {name} cannot be loaded: {error}") from error
+
+
+@functools.cache
+def why_unavailable(name: str) -> str | None:
+    """Return the reason why a kernel cannot be used here, or None; builds it if it is not there yet."""
+    try:
+        library(name)
+    except KernelUnavailable as error:
+        return str(error)
+    return None
+
+
+def compiler() -> str | None:
+    """Return the path of the C++ compiler, or None."""
+    return next((path for name in (os.environ.get("CXX"), "g++", "c++") if name and (path := shutil.which(name))), None)
+
+
+def cache_folder() -> Path:
+    """Return the folder of built kernels."""
+    base = os.environ.get("FWP_CACHE")
+    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fwp_lightning"
+
+
+def _built(name: str) -> Path:
+    source = SOURCES / f"{name}.cpp"
+    cxx = compiler()
+    if cxx is None:
+        raise KernelUnavailable("no C++ compiler was found (g++, or the one that CXX names)")
+    target = cache_folder() / f"{name}-{_fingerprint(source, cxx)}.so"
+    if target.is_file():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_suffix(".lock"), timeout=BUILD_SECONDS):
+            if not target.is_file():
+                _compile(cxx, source, target)
+    except Timeout as error:
+        raise KernelUnavailable(f"another process has been building {name} for over {BUILD_SECONDS} s") from error
+    except OSError as error:
+        raise KernelUnavailable(
+            f"kernels cannot be kept in {target.parent} ({error.strerror}); set FWP_CACHE to a folder of yours"
+        ) from error
+    return target
+
+
+def _compile(cxx: str, source: Path, target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        built = Path(folder) / target.name
+        command = [cxx, *FLAGS, str(source), "-o", str(built)]
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise KernelUnavailable(f"{cxx} took over {BUILD_SECONDS} s for {source.name}") from error
+        if result.returncode != 0:
+            lines = result.stderr.strip().splitlines() or ["no message"]
+            first = next((line for line in lines if "error" in line), lines[0])
+            raise KernelUnavailable(f"{cxx} failed on {source.name}: {first}")
+        os.replace(built, target)
+
+
+def _fingerprint(source: Path, cxx: str) -> str:
+    version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=False).stdout
+    digest = hashlib.sha256()
+    for part in (source.read_text(), version, " ".join(FLAGS), _processor()):
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())

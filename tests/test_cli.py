@@ -1,0 +1,176 @@
+"""The command `fwp`: quick where it can be, one sentence where a user is mistaken."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fwp_lightning.cli import main
+from fwp_lightning.results import read_store
+from fwp_lightning.tracking import open_store
+
+TOY_TASK = str(Path(__file__).parent / "toy_task.py")
+
+
+@pytest.fixture
+def fwp(toy, monkeypatch, capsys):
+    """Run the command in this process; return exit code, output and complaint."""
+    monkeypatch.setenv("FWP_ROOT", str(toy.root))
+
+    def call(*arguments):
+        code = main(list(arguments))
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["sweep", "tou"], "unknown experiment 'tou'. Did you mean 'toy'? Known: toy, view."),
+        (["sweep", "toy", "--profile", "smok"], "toy has no profile 'smok'. Did you mean 'smoke'?"),
+        (["sweep", "toy", "--protocol", "relesed"], "toy has no protocol 'relesed'. Did you mean 'released'?"),
+        (["sweep", "toy", "--rows", "plian"], "toy has no row 'plian'. Did you mean 'plain'?"),
+        (["sweep", "toy", "--seeds", "one"], "'one' is no list of whole numbers such as 1,2,3"),
+        (["sweep", "toy", "--jobs", "0"], "'0' is no whole number from 1"),
+        (["sweep"], "the following arguments are required: EXPERIMENT"),
+        (["sweeep", "toy"], "invalid choice: 'sweeep'"),
+        (["sweep", "toy", "--import"], "--import needs a file or a module."),
+        (["list", "--import", "no_such_map.py"], "no_such_map.py: there is no such file."),
+        (["list", "--import", "no.such.module"], "--import no.such.module: ModuleNotFoundError"),
+        (["status", "figure99"], "unknown experiment 'figure99'."),
+        ([], "the following arguments are required: COMMAND"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(fwp, arguments, sentence):
+    code, out, err = fwp(*arguments)
+    assert code == 2
+    assert err.startswith("fwp: error: ")
+    assert err.count("\n") == 1
+    assert sentence in err
+    assert out == ""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list"]])
+def test_help_and_list_are_quick(toy, arguments):
+    best = min(timed(toy, arguments) for _ in range(2))
+    # 0.1 to 0.3 s when the machine is free
+    assert best < 1
+
+
+def timed(toy, arguments):
+    started = time.monotonic()
+    command = [sys.executable, "-m", "fwp_lightning", *arguments]
+    subprocess.run(command, env=toy.environment, check=True, capture_output=True)
+    return time.monotonic() - started
+
+
+def test_help_and_list_import_nothing_heavy():
+    code = """
+import contextlib, io, sys
+from fwp_lightning.cli import main
+with contextlib.redirect_stdout(io.StringIO()):
+    main(["list"])
+    try:
+        main(["--help"])
+    except SystemExit as end:
+        assert not end.code
+heavy = {"torch", "lightning", "mlflow", "pandas", "numpy"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_list_names_what_can_be_chosen(fwp):
+    code, out, _ = fwp("list")
+    assert code == 0
+    for text in ("experiments:", "Toy at 10", "rules:", "delta", "feature maps:", "dpfp", "available here: yes"):
+        assert text in out
+    listed = json.loads(fwp("list", "--json")[1])
+    assert [experiment["name"] for experiment in listed["experiments"]] == ["toy", "view"]
+    assert listed["experiments"][1]["runs_of"] == "toy"
+    assert {"softmax", "sum", "delta", "fwm"} <= {rule["name"] for rule in listed["rules"]}
+    assert {"name", "axes", "attn_type"} <= set(listed["paper_names"][0])
+
+
+def test_a_dry_run_shows_the_runs_and_makes_no_store(fwp, toy):
+    code, out, _ = fwp("sweep", "view", "toy", "--dry-run")
+    assert code == 0
+    assert out.count("[new]") == 6
+    assert "6 runs, 0 complete, 6 to train: no such run was measured yet" in out
+    assert not (toy.root / "mlflow.db").exists()
+
+
+def test_a_dry_run_estimates_from_measured_runs(fwp, tracked, train, client):
+    run = tracked.runs()[0]
+    train(run)
+    out = fwp("sweep", "toy", "--dry-run", "--jobs", "1")[1]
+    assert f"{run.run_key}  toy/plain/n_keys=2/seed1  [complete]" in out
+    assert "6 runs, 1 complete, 5 to train: about" in out
+    assert "with 1 jobs" in out
+    assert len(read_store(client)) == 1
+
+
+def test_status_and_export_show_what_is_done(fwp, tracked, train):
+    assert "no run of these experiments is tracked yet" in fwp("status")[1]
+    train(tracked.runs()[0])
+    lines = [line.split() for line in fwp("status")[1].splitlines()]
+    assert ["toy", "smoke", "released", "plain", "1/2", "-", "-", "-", "-"] in lines
+    code, out, _ = fwp("export")
+    assert (code, out) == (0, "exported 1 runs to results/ (1 in runs.csv)\n")
+
+
+def test_status_without_a_store_says_so(fwp, toy):
+    assert fwp("status")[1].startswith("no run is tracked yet")
+    assert not (toy.root / "mlflow.db").exists()
+
+
+def test_fit_tracks_its_run_and_continues_it(fwp, tracked, monkeypatch):
+    monkeypatch.chdir(tracked.root)
+    arguments = ["fit", "--import", TOY_TASK, "--config", "experiments/base/toy.yaml"]
+    code, out, err = fwp(*arguments, "--model.attention.kind", "tanh", "--trainer.max_epochs", "2")
+    assert code == 0, err
+    client = open_store(tracked.project)
+    (run,) = read_store(client)
+    assert run.outcome == "complete"
+    assert (run.tags["experiment"], run.tags["row"], run.tags["feature_map"]) == ("fit", "ToyTask", "tanh")
+    assert run.metrics["steps"] == 10
+    folder = tracked.project.runs / run.run_key
+    assert f"runs/{run.run_key}" in out
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["model"]["init_args"]["attention"]["kind"] == "tanh"
+    # a run of one's own is no row of the paper's tables
+    assert "exported 0 runs" in fwp("export")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--model.noisy", "1"], "Option 'noisy' is not accepted"),
+        (["--model.noise", "much"], "Expected a <class 'float'>. Got value: much"),
+        (["--model.attention.kind", "foo"], "unknown map 'foo'. Known: identity, tanh."),
+        (["--config", "absent.yaml"], "File does not exist"),
+    ],
+)
+def test_a_mistake_in_fit_is_one_line(fwp, tracked, monkeypatch, arguments, sentence):
+    monkeypatch.chdir(tracked.root)
+    code, _, err = fwp("fit", "--import", TOY_TASK, "--config", "experiments/base/toy.yaml", *arguments)
+    assert code == 2
+    (line,) = [line for line in err.splitlines() if line.startswith("fwp: error: ")]
+    assert sentence in line
+    assert "Traceback" not in err
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback(toy):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "fwp_lightning", "list"]
+    done = subprocess.run(command, env=toy.environment, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert "Traceback" not in done.stderr
