@@ -131,7 +131,7 @@ def test_status_without_a_store_says_so(fwp, toy):
     assert not (toy.root / "mlflow.db").exists()
 
 
-def test_fit_tracks_its_run_and_continues_it(fwp, tracked, monkeypatch):
+def test_fit_tracks_its_run(fwp, tracked, monkeypatch):
     monkeypatch.chdir(tracked.root)
     arguments = ["fit", "--import", TOY_TASK, "--config", "experiments/base/toy.yaml"]
     code, out, err = fwp(*arguments, "--model.attention.kind", "tanh", "--trainer.max_epochs", "2")

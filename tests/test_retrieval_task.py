@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fwp_lightning.attention import AttentionConfig, FavorConfig
 from fwp_lightning.data.retrieval import RetrievalData
+from fwp_lightning.models.retrieval import RetrievalModel
 from fwp_lightning.sweep.training import quiet_lightning
 from fwp_lightning.tasks.retrieval import RetrievalTask, retrieval_loss
 
@@ -275,7 +276,7 @@ def test_training_is_adam_on_one_query_a_sequence() -> None:
 
 
 def test_training_learns_to_retrieve() -> None:
-    task = make_task(DPFP, d_key=16, lr=3e-3, max_steps=1500, stop_loss=0.02, patience=100)
+    task = make_task(DPFP, d_key=16, lr=1e-3, max_steps=1500, stop_loss=0.02, patience=100)
     seen = fit(task, make_data(n_keys=4, batch_size=16, steps_per_block=20))
     assert seen.valid[0] > 0.1
     assert seen.valid[-1] <= 0.02
@@ -297,6 +298,46 @@ def test_describe_counts_the_trained_parameters() -> None:
     assert facts["n_params"] == 55 + 96 + 6 + 66 + 6 + 17
     assert facts["state"] == 12 * 5
     assert facts["rule"] == "delta"
+
+
+COMPUTED = {
+    "dpfp delta": DPFP,
+    "elu delta": AttentionConfig("delta", "elu", phi_norm="sum", key_norm_eps=1e-3, query_norm_eps=1e-2),
+    "elu delta, raw keys": AttentionConfig("delta", "elu"),
+    "dpfp delta, readout": AttentionConfig("delta", "dpfp", phi_norm="sum", attention_norm="readout"),
+    "dpfp delta, both": AttentionConfig("delta", "dpfp", phi_norm="sum", attention_norm="both"),
+    "dpfp delta, scaled": AttentionConfig("delta", "dpfp", phi_norm="sum", output_scale="rsqrt_d"),
+    "elu sum": ELU,
+    "elu sum, large eps": AttentionConfig("sum", "elu", attention_norm="readout", attention_norm_eps=0.5),
+    "elu sum, no norm": AttentionConfig("sum", "elu"),
+    "elu sum, phi_norm": AttentionConfig("sum", "elu", phi_norm="sum"),
+    "elu sum, scaled": AttentionConfig("sum", "elu", attention_norm="readout", output_scale="rsqrt_d"),
+    "tanh fwm": AttentionConfig("fwm", "tanh"),
+    "tanh fwm, scaled": AttentionConfig("fwm", "tanh", output_scale="rsqrt_d"),
+    "dpfp-3 fwm": AttentionConfig("fwm", "dpfp", nu=3),
+    "softmax": AttentionConfig("softmax", "identity"),
+    "favor": favor("never"),
+}
+
+
+@pytest.mark.parametrize("compute", ["auto", "factored"])
+@pytest.mark.parametrize("name", COMPUTED)
+def test_how_it_is_computed_changes_neither_predictions_nor_gradients(name: str, compute: Any) -> None:
+    outputs = []
+    for how in ("plain", compute):
+        torch.manual_seed(4)
+        model = RetrievalModel(COMPUTED[name], 7, d_key=6, compute=how).double()
+        results = []
+        # not a multiple of a vector's width, one, none; one query and several
+        for sequences, queries in ((19, 1), (1, 1), (0, 1), (3, 2)):
+            g = torch.Generator().manual_seed(sequences)
+            keys, values = (torch.randint(7, (sequences, 14), generator=g) for _ in range(2))
+            y = model(keys, values, keys[:, :queries])
+            weight = torch.sin(1 + torch.arange(y.numel(), dtype=torch.float64)).view_as(y)
+            results += [y, *torch.autograd.grad((y * weight).sum(), list(model.parameters()))]
+        outputs.append(results)
+    for theirs, ours in zip(*outputs, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
 
 
 # --- resuming ---------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ For a memory written by T pairs and read by q, the output is ``o = sum_t a_t v_t
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 from typing import Any
@@ -20,6 +21,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, relu, threshold
+
+from fwp_lightning.ops import compiled
 
 CHUNK = 32  # the measured optimum of 16, 32, 64 for K = 64 .. 256 on CPU
 
@@ -156,10 +159,8 @@ class _ExponentialKernel(Function):
     @staticmethod
     def forward(ctx: Any, phi_q: Tensor, x: Tensor, directions: Tensor, offset: Tensor | float, eps: float) -> Tensor:
         exponent = linear(x, directions)
-        exponent -= x.square().sum(-1, keepdim=True) / 2 + offset
-        floor = _exponent_floor(x.dtype)
-        features = torch.threshold_(exponent.clamp_(min=floor).exp_(), 1.01 * math.exp(floor), 0.0)
-        kernel = (phi_q.unsqueeze(-2) @ features.mT).squeeze(-2)
+        offset = x.square().sum(-1) / 2 + (offset.squeeze(-1) if isinstance(offset, Tensor) else offset)
+        features, kernel = _exponential_rows(exponent, offset, phi_q)
         ctx.save_for_backward(phi_q, x, directions, features, kernel)
         ctx.eps = eps
         return kernel + eps * phi_q.sum(-1, keepdim=True)
@@ -172,6 +173,22 @@ class _ExponentialKernel(Function):
         grad_phi_q = (grad.mT @ features).squeeze(-2) + ctx.eps * grad.sum(-2)
         pulled = features @ (phi_q.unsqueeze(-1) * directions)
         return grad_phi_q, grad * (pulled - kernel.unsqueeze(-1) * x), None, None, None
+
+
+def _exponential_rows(exponent_BHTE: Tensor, offset_BHT: Tensor, phi_q_BHE: Tensor) -> tuple[Tensor, Tensor]:
+    """Return exp(exponent - offset), computed in place, and its dot products with the query, ``[B, H, T]``."""
+    cpu_float = exponent_BHTE.dtype == torch.float32 and exponent_BHTE.device.type == "cpu"
+    if not (cpu_float and compiled.why_unavailable("exponential_rows") is None):
+        exponent = exponent_BHTE.sub_(offset_BHT.unsqueeze(-1))
+        floor = _exponent_floor(exponent.dtype)
+        features = torch.threshold_(exponent.clamp_(min=floor).exp_(), 1.01 * math.exp(floor), 0.0)
+        return features, (phi_q_BHE.unsqueeze(-2) @ features.mT).squeeze(-2)
+    features, offset, phi_q = exponent_BHTE.contiguous(), offset_BHT.contiguous(), phi_q_BHE.contiguous()
+    kernel = torch.empty_like(offset)
+    sizes = (ctypes.c_int64(n) for n in (offset.numel(), features.shape[-1], features.shape[-2]))
+    buffers = (ctypes.c_void_p(x.data_ptr()) for x in (features, offset, phi_q, kernel))
+    compiled.library("exponential_rows").fwp_exponential_rows(*sizes, *buffers)
+    return features, kernel
 
 
 class _QuadraticForm(Function):
