@@ -3,7 +3,6 @@
 PROFILE  ?= smoke
 PROTOCOL ?=
 JOBS     ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
-DATA     ?=
 PYTHON   ?= python3
 UV       ?= $(shell command -v uv 2>/dev/null)
 
@@ -26,9 +25,6 @@ export UV_COMPILE_BYTECODE ?= 1
 ifdef PIP_FIND_LINKS
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
-ifneq ($(DATA),)
-export FWP_DATA := $(abspath $(DATA))
-endif
 
 SWEEP_OPTIONS = --profile $(PROFILE) $(if $(PROTOCOL),--protocol $(PROTOCOL)) --jobs $(JOBS)
 # a failed run does not keep the others' report from being drawn, but it is not forgotten either
@@ -47,7 +43,7 @@ endef
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@printf '%s\n' '' 'Options: PROFILE=smoke|short|paper (smoke)  PROTOCOL=released|corrected (what the experiment file names)' \
-	  '         JOBS=n processes ($(JOBS) here)  DATA=folder with corpora (figures 2 to 5 need none)' \
+	  '         JOBS=n processes ($(JOBS) here)' \
 	  '         PYTHON=python3.11 or newer, used when .venv is made' \
 	  'Experiments: $(EXPERIMENTS)'
 

@@ -30,7 +30,6 @@ MAKE_VARIABLES = {
     "PROFILE",
     "PROTOCOL",
     "JOBS",
-    "DATA",
     "PYTHON",
     "UV",
     "UV_FIND_LINKS",

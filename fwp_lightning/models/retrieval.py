@@ -24,8 +24,8 @@ class RetrievalModel(nn.Module):
     ``compute="plain"`` is the definition: pairs are embedded one by one and written into the memory.
     ``compute="factored"`` is the same function of the same parameters, using three facts: ``W_k`` acts on one-hot
     values and on few embeddings, so projections are tables; values are one-hot, so the read-out is a scatter of
-    attention weights; a query that is read last needs those weights only, not the memory. ``compute="compiled"`` has the
-    training step of some rules and maps in C++, and ``auto`` takes it where it exists.
+    attention weights; a query that is read last needs those weights only, not the memory. ``compute="compiled"`` has
+    the training step of some rules and maps in C++, and ``auto`` takes it where it exists.
     """
 
     def __init__(

@@ -43,7 +43,7 @@ def sum_rule(
     ``q=None`` only writes. ``causal=False`` reads every query from the last state. No normaliser and no scale.
     Raises ``ValueError`` for tensors that do not fit together or a backend that cannot run.
     """
-    check(q=q if causal else None, k=k, v=v, state=state)
+    check(q=q, k=k, v=v, state=state, causal=causal)
     return implementation("sum", backend, k.shape[1])(q, k, v, state, causal=causal)
 
 

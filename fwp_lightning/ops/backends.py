@@ -54,17 +54,19 @@ def _log_choice(rule: str, backend: str) -> None:
     log.info("rule %s: backend %s", rule, backend)
 
 
-def check(**tensors: Any) -> None:
+def check(*, causal: bool = True, **tensors: Any) -> None:
     """Raise ``ValueError`` naming the argument that does not fit ``k`` in shape, dtype or device.
 
-    Expects ``q k v beta state`` as in the ops; absent ones are None.
+    Expects ``q k v beta state`` as in the ops; absent ones are None. Without causality there may be any number of queries.
     """
     k, v = tensors["k"], tensors["v"]
     for name in ("k", "v"):
         if tensors[name].dim() != 4:
             raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}; expected 4 dimensions [B, T, H, D]")
     b, t, h, n_features = k.shape
-    expected = {"q": (b, t, h, n_features), "v": (b, t, h, v.shape[-1]), "beta": (b, t, h)}
+    q = tensors.get("q")
+    n_queries = t if causal or q is None or q.dim() != 4 else q.shape[1]
+    expected = {"q": (b, n_queries, h, n_features), "v": (b, t, h, v.shape[-1]), "beta": (b, t, h)}
     expected["state"] = (b, h, n_features, v.shape[-1])
     for name, shape in expected.items():
         tensor = tensors.get(name)

@@ -1,12 +1,13 @@
 """One query read from a memory that was written by pairs out of tables: the retrieval task's training step, compiled.
 
-``csrc/pair_readout.cpp`` computes phi, the rule, the read-out and all gradients without building keys, features or memory for
-the whole batch (the fwm rule keeps its memories). ``models.retrieval`` has the same function in PyTorch.
+``csrc/pair_readout.cpp`` computes phi, the rule, the read-out and all gradients without building keys, features or
+memory for the whole batch (the fwm rule keeps its memories). ``models.retrieval`` has the same function in PyTorch.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,13 +39,15 @@ class PairMemory:
 
     def why_not(self, dtype: torch.dtype, device: torch.device) -> str | None:
         """Return the sentence why the kernel cannot compute this, or None if it can (it is built if need be)."""
-        for name, value, known in [
+        normalisation = (self.rule, self.phi_norm, self.attention_norm)
+        checks: list[tuple[str, object, Collection[object]]] = [
             ("rule", self.rule, RULES),
             ("feature_map", self.feature_map, FEATURE_MAPS),
             ("dtype", dtype, _DTYPES),
             ("device", device.type, {"cpu"}),
-            ("normalisation", (self.rule, self.phi_norm, self.attention_norm), _NORMALISATIONS),
-        ]:
+            ("(rule, phi_norm, attention_norm)", normalisation, _NORMALISATIONS),
+        ]
+        for name, value, known in checks:
             if value not in known:
                 return f"the compiled read-out has no {name} {value}; it has {', '.join(str(x) for x in known)}"
         return compiled.why_unavailable("pair_readout")
@@ -70,8 +73,9 @@ def pair_readout(
 ) -> Tensor:
     """Return ``y`` ``[B, S]``, what a query reads after all pairs were written; values are one-hot in S dimensions.
 
-    The key of the pair ``(i, j)`` is ``phi(key_table[i] + value_table[j])``; tables ``[S, D]``, query ``[B, D]``, ids ``[B, T]``, write
-    strengths ``[B, T]``. Differentiable in tables, query and beta. Raises ``ValueError`` with the reason if it cannot run.
+    The key of the pair ``(i, j)`` is ``phi(key_table[i] + value_table[j])``. Tables are ``[S, D]``, a query ``[B, D]``,
+    ids ``[B, T]``, write strengths ``[B, T]``; differentiable in tables, query and beta. Raises ``ValueError`` with the
+    reason if it cannot run.
     """
     reason = memory.why_not(key_table.dtype, key_table.device)
     if reason:

@@ -29,6 +29,10 @@ from fwp_lightning.tracking import Origin
 
 # one thread a worker: several small models at once are faster than one on several threads
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+# glibc hands large tensors back to the system at every free and faults their pages in again at every step:
+# keeping them made steps of 80 MB tensors 1.6 times faster
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+WORKER_ENVIRONMENT = ONE_THREAD | KEEP_MEMORY
 
 
 @dataclass(frozen=True)
@@ -181,8 +185,8 @@ class Pool:
 
     def start(self, number: int) -> None:
         """Start further workers."""
-        before = {name: os.environ.get(name) for name in ONE_THREAD}
-        os.environ.update(ONE_THREAD)
+        before = {name: os.environ.get(name) for name in WORKER_ENVIRONMENT}
+        os.environ.update(WORKER_ENVIRONMENT)
         try:
             for _ in range(number):
                 ours, theirs = self._context.Pipe()
