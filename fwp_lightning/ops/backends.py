@@ -57,7 +57,7 @@ def _log_choice(rule: str, backend: str) -> None:
 def check(*, causal: bool = True, **tensors: Any) -> None:
     """Raise ``ValueError`` naming the argument that does not fit ``k`` in shape, dtype or device.
 
-    Expects ``q k v beta state`` as in the ops; absent ones are None. Without causality there may be any number of queries.
+    Expects ``q k v beta state`` as in the ops; absent ones are None. Without causality ``q`` may have any length.
     """
     k, v = tensors["k"], tensors["v"]
     for name in ("k", "v"):
