@@ -108,7 +108,7 @@ def measure_retrieval(config: AttentionConfig, n_keys: int) -> dict[str, float]:
     keys, values, query, target = (x[0] for x in data.block(0))
     batch = data.evaluation(0)
     evaluations_per_step = 1 / data.steps_per_block
-    seconds = {}
+    seconds: dict[str, float] = {}
     for compute in COMPUTE:
         torch.manual_seed(0)
         model = RetrievalModel(config, n_keys, compute=compute)

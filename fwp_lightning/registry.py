@@ -10,6 +10,7 @@ True
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
@@ -21,6 +22,15 @@ def did_you_mean(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"Did you mean {close[0]!r}? " if close else ""
     return f"{hint}Known: {', '.join(known)}."
+
+
+def _origin(part: object) -> object:
+    """Where a class was written: a file that is imported under two names defines the same part twice."""
+    if not inspect.isclass(part):
+        return id(part)
+    methods = (value for value in vars(part).values() if inspect.isfunction(value))
+    files = sorted({method.__code__.co_filename for method in methods}) or [part.__module__]
+    return (part.__qualname__, *files)
 
 
 class Registry(Generic[T]):
@@ -35,9 +45,7 @@ class Registry(Generic[T]):
 
         def store(part: T) -> T:
             known = self._parts.get(name)
-            # a module that is imported twice (once per import path) defines the same part again
-            same = known is not None and getattr(known, "__qualname__", known) == getattr(part, "__qualname__", part)
-            if known is not None and not same:
+            if known is not None and _origin(known) != _origin(part):
                 raise ValueError(f"the {self.kind} {name!r} is already registered, by {known!r}; choose another name")
             self._parts[name] = part
             return part

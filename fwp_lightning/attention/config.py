@@ -17,7 +17,7 @@ class FavorConfig:
     """Random directions orthogonal in groups of the input size (FAVOR+), or independent Gaussian (the text)."""
     scaling: Literal["none", "rsqrt_sqrt_d"] = "rsqrt_sqrt_d"
     """Multiply inputs by d^(-1/4), so that the kernel is exp(q.k / sqrt(d)); the released code does not: exp(q.k)."""
-    stabilizer: Literal["none", "sequence", "vector"] = "sequence"
+    stabilizer: Literal["none", "sequence", "vector"] = "none"
     """Subtract the largest exponent: of a key sequence (cancels in attention_norm) or of each vector (in phi_norm)."""
     kernel_eps: float = 0.0
     """Added to every exponential before the 1/sqrt(2m); the released language model has 1e-4."""
@@ -29,6 +29,11 @@ class FavorConfig:
             _check_choice(f"favor.{name}", getattr(self, name), _FAVOR_CHOICES[name])
         if not (math.isfinite(self.kernel_eps) and self.kernel_eps >= 0):
             raise ValueError(f"favor.kernel_eps={self.kernel_eps} must be a number >= 0")
+        if self.kernel_eps > 0 and self.stabilizer != "none":
+            raise ValueError(
+                f"favor.kernel_eps={self.kernel_eps} would count more the more favor.stabilizer={self.stabilizer} "
+                "subtracts; set one of them to 0 or none"
+            )
 
 
 _FAVOR_CHOICES = {
@@ -40,6 +45,7 @@ _FAVOR_CHOICES = {
 PHI_NORMS = ("none", "sum")
 ATTENTION_NORMS = ("none", "readout", "both")
 OUTPUT_SCALES = ("none", "rsqrt_d")
+SIGNED_MAPS = ("identity", "tanh")
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class AttentionConfig:
         _check_choice("attention_norm", self.attention_norm, ATTENTION_NORMS)
         _check_choice("output_scale", self.output_scale, OUTPUT_SCALES)
         for name in ("nu", "n_features"):
-            if getattr(self, name) < 1:
+            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
                 raise ValueError(f"{name}={getattr(self, name)} must be a whole number >= 1")
         for name in ("key_norm_eps", "query_norm_eps", "attention_norm_eps"):
             value = getattr(self, name)
@@ -99,12 +105,28 @@ class AttentionConfig:
             )
         if self.rule == "fwm" and self.attention_norm != "none":
             raise ValueError("rule fwm rescales its memory, so no accumulator z fits it; set attention_norm: none")
-        if self.feature_map == "favor" and self.favor.stabilizer == "vector" and self.phi_norm != "sum":
+        if self.feature_map in SIGNED_MAPS and (self.phi_norm != "none" or self.attention_norm != "none"):
+            raise ValueError(
+                f"feature_map={self.feature_map} has features of both signs, whose sum can be 0 and divides nothing; "
+                "set phi_norm: none and attention_norm: none"
+            )
+        if self.feature_map == "favor":
+            self._check_stabilizer()
+
+    def _check_stabilizer(self) -> None:
+        stabilizer = self.favor.stabilizer
+        if stabilizer == "vector" and self.phi_norm != "sum":
             raise ValueError(
                 "favor.stabilizer=vector scales each key by its own factor, which only phi_norm: sum cancels; "
-                "set phi_norm: sum or favor.stabilizer: sequence"
+                "set phi_norm: sum, or favor.stabilizer: none"
             )
-        if self.feature_map == "favor" and self.favor.stabilizer != "none" and self.rule == "fwm":
+        cancels = self.phi_norm == "sum" or (self.rule == "sum" and self.attention_norm == "readout")
+        if stabilizer == "sequence" and self.rule != "fwm" and not cancels:
+            raise ValueError(
+                "favor.stabilizer=sequence scales all keys by one factor, which phi_norm: sum or, for rule sum, "
+                "attention_norm: readout cancels; set one of them, or favor.stabilizer: none"
+            )
+        if stabilizer != "none" and self.rule == "fwm":
             raise ValueError(
                 "favor.stabilizer changes the size of keys, which rule fwm keeps; set favor.stabilizer: none"
             )

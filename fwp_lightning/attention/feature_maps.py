@@ -6,8 +6,10 @@ bfloat16 is exactly 0 for x <= -8, and dividing by it ruins the gradient.
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,23 @@ from fwp_lightning.attention.config import AttentionConfig
 from fwp_lightning.registry import Registry
 
 FEATURE_MAPS: Registry[type[FeatureMap]] = Registry("feature map")
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def in_full_precision(method: Method) -> Method:
+    """Run a method outside autocast, tensors in half precision made float32: memories lose too much in 8 bits."""
+
+    @functools.wraps(method)
+    def wrapped(self: object, x: Tensor, *arguments: Any, **named: Any) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            return method(self, *(_at_least_float32(a) for a in (x, *arguments)), **named)
+
+    return cast(Method, wrapped)
+
+
+def _at_least_float32(x: Any) -> Any:
+    return x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 class FeatureMap(nn.Module):
@@ -51,8 +70,8 @@ class FeatureMap(nn.Module):
         """Return ``phi(k_t) . phi(q_n)`` as ``[B, H, N, T]`` for queries ``[B, N, H, D]`` and keys ``[B, T, H, D]``."""
         return ops.attention_weights(self.queries(q), self.keys(k))
 
-    def resample(self) -> None:
-        """Draw a random map's matrix anew; nothing to do for a deterministic one."""
+    def start_sequence(self) -> None:
+        """Called before the first keys of sequences that start from an empty memory: a random map may draw anew."""
 
 
 @FEATURE_MAPS.register("identity")
@@ -90,6 +109,7 @@ class _EluFeatures(Function):
         return slope + x.clamp(min=0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (slope,) = ctx.saved_tensors
         return grad * slope
@@ -166,7 +186,7 @@ class Favor(FeatureMap):
         self.resample()
 
     def resample(self) -> None:
-        """Draw R anew: rows ~ N(0, I), by default orthogonal to each other in groups of d_key."""
+        """Draw R anew: rows ~ N(0, I) up to their signs, by default orthogonal to each other in groups of d_key."""
         draw = torch.randn(self.m, self.d_key, generator=self.generator, device="cpu")
         if self.options.features == "orthogonal":
             blocks = -(-self.m // self.d_key)
@@ -179,20 +199,22 @@ class Favor(FeatureMap):
     def forward(self, x: Tensor) -> Tensor:
         return self.queries(x)
 
+    def start_sequence(self) -> None:
+        """Draw R anew if the redraw policy says so; within a sequence keys and queries keep one matrix."""
+        if self.redraw == "always" or (self.redraw == "training" and self.training):
+            self.resample()
+
     def keys(self, k: Tensor) -> Tensor:
-        self._maybe_resample()
+        """Return the features of keys."""
         return self._features(k, {"none": None, "sequence": (1, 3), "vector": (3,)}[self.options.stabilizer])
 
     def queries(self, q: Tensor) -> Tensor:
-        """Return the features of queries, with the matrix of the last keys."""
+        """Return the features of queries; a constant of each query cancels in any normalised read-out."""
         return self._features(q, None if self.options.stabilizer == "none" else (3,))
 
     def kernel(self, q: Tensor, k: Tensor) -> Tensor:
-        if q.shape[1] != 1:
-            # keys first: they decide whether the matrix is drawn anew
-            keys = self.keys(k)
-            return ops.attention_weights(self.queries(q), keys)
-        self._maybe_resample()
+        if q.shape[1] != 1 or self.options.stabilizer == "vector":
+            return super().kernel(q, k)
         k_HT = self._scaled(k).transpose(1, 2)
         offset: Tensor | float = 0.5 * math.log(2 * self.m)
         if self.options.stabilizer == "sequence":
@@ -200,10 +222,6 @@ class Favor(FeatureMap):
         eps = self.options.kernel_eps / math.sqrt(2 * self.m)
         query = self.queries(q).squeeze(1)
         return ops.exponential_kernel(query, k_HT, self._signed_directions(k.dtype), offset, eps).unsqueeze(2)
-
-    def _maybe_resample(self) -> None:
-        if self.redraw == "always" or (self.redraw == "training" and self.training):
-            self.resample()
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x * self.d_key**-0.25 if self.options.scaling == "rsqrt_sqrt_d" else x
@@ -217,6 +235,7 @@ class Favor(FeatureMap):
         projected = linear(x, self.directions.to(x.dtype))
         return (projected.abs() - x.square().sum(-1, keepdim=True) / 2).amax(over, keepdim=True)
 
+    @in_full_precision
     def _features(self, x: Tensor, shared_over: tuple[int, ...] | None) -> Tensor:
         x = self._scaled(x)
         # 1/sqrt(2m) goes into the exponent, as in the released code: it decides what underflows

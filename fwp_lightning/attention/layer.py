@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fwp_lightning import ops
 from fwp_lightning.attention.config import AttentionConfig
-from fwp_lightning.attention.feature_maps import FEATURE_MAPS
+from fwp_lightning.attention.feature_maps import FEATURE_MAPS, in_full_precision
 from fwp_lightning.attention.rules import RULES
 
 
@@ -38,22 +38,24 @@ class FastWeightMemory(nn.Module):
         self.d_key = d_key
         self.rule = RULES[config.rule]()
         self.feature_map = FEATURE_MAPS[config.feature_map](d_key, config)
-        if config.backend != "auto" and config.rule != "softmax" and config.rule in {"sum", "delta", "fwm"}:
+        if config.backend != "auto":
             reason = ops.why_not(config.backend, config.rule)
             if reason:
                 raise ValueError(reason)
 
-    def features(self, q: Tensor | None, k: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Return phi(q) and phi(k), divided by their sums if phi_norm says so (eq. 29), in at least float32."""
-        # keys first: a random map draws its matrix with the keys
-        k_phi = self.feature_map.keys(_at_least_float32(k))
-        q_phi = None if q is None else self.feature_map.queries(_at_least_float32(q))
-        if self.config.phi_norm == "sum":
-            k_phi = k_phi / (k_phi.sum(-1, keepdim=True) + self.config.key_norm_eps)
-            if q_phi is not None:
-                q_phi = q_phi / (q_phi.sum(-1, keepdim=True) + self.config.query_norm_eps)
-        return q_phi, k_phi
+    @in_full_precision
+    def key_features(self, k: Tensor) -> Tensor:
+        """Return phi(k), divided by its sum if phi_norm says so (eq. 29), in at least float32."""
+        phi = self.feature_map.keys(k)
+        return phi / (phi.sum(-1, keepdim=True) + self.config.key_norm_eps) if self.config.phi_norm == "sum" else phi
 
+    @in_full_precision
+    def query_features(self, q: Tensor) -> Tensor:
+        """Return phi(q), divided by its sum if phi_norm says so (eq. 29), in at least float32."""
+        phi = self.feature_map.queries(q)
+        return phi / (phi.sum(-1, keepdim=True) + self.config.query_norm_eps) if self.config.phi_norm == "sum" else phi
+
+    @in_full_precision
     def forward(
         self,
         q: Tensor,
@@ -68,22 +70,23 @@ class FastWeightMemory(nn.Module):
 
         ``beta`` ``[B, T, H]`` is the write strength after its sigmoid, for rules that use one.
         """
-        with torch.autocast(q.device.type, enabled=False):
-            q_phi, k_phi = self.features(q, k)
-            o, new_state = self._scan(q_phi, k_phi, _at_least_float32(v), beta, state, causal)
+        if causal:
+            self._check_no_stabilizer_over_time("a causal read-out")
+        self._start(state)
+        o, new_state = self._scan(self.query_features(q), self.key_features(k), v, beta, state, causal)
         assert o is not None
         return (o * self.d_key**-0.5 if self.config.output_scale == "rsqrt_d" else o), new_state
 
+    @in_full_precision
     def write(self, k: Tensor, v: Tensor, beta: Tensor | None = None, state: MemoryState | None = None) -> MemoryState:
         """Return the state after writing all pairs, reading nothing."""
-        with torch.autocast(k.device.type, enabled=False):
-            return self._scan(None, self.features(None, k)[1], _at_least_float32(v), beta, state, causal=True)[1]
+        self._start(state)
+        return self._scan(None, self.key_features(k), v, beta, state, causal=True)[1]
 
+    @in_full_precision
     def read(self, q: Tensor, state: MemoryState) -> Tensor:
         """Return what queries ``[B, N, H, D]`` retrieve from a written memory, ``[B, N, H, V]``."""
-        q_phi = self.feature_map.queries(_at_least_float32(q))
-        if self.config.phi_norm == "sum":
-            q_phi = q_phi / (q_phi.sum(-1, keepdim=True) + self.config.query_norm_eps)
+        q_phi = self.query_features(q)
         o = self.rule.read(q_phi, state.memory)
         if state.z is not None:
             o = o / (torch.einsum("bnhk,bhk->bnh", q_phi, state.z) + self.config.attention_norm_eps).unsqueeze(-1)
@@ -94,13 +97,14 @@ class FastWeightMemory(nn.Module):
         """Whether ``attention_weights`` exists for these axes."""
         return self.rule.has_attention_weights and self.config.attention_norm != "both"
 
+    @in_full_precision
     def attention_weights(self, q: Tensor, k: Tensor, beta: Tensor | None = None) -> Tensor:
         """Return ``a`` ``[B, H, N, T]``: ``read`` after ``write`` gives ``sum_t a_{n,t} v_t``, whatever the values."""
+        self._start(None)
         if self.rule.kernel_is_enough and self.config.phi_norm == "none":
-            weights = kernel = self.feature_map.kernel(_at_least_float32(q), _at_least_float32(k))
+            weights = kernel = self.feature_map.kernel(q, k)
         else:
-            q_phi, k_phi = self.features(q, k)
-            assert q_phi is not None
+            q_phi, k_phi = self.query_features(q), self.key_features(k)
             weights = self.rule.attention_weights(q_phi, k_phi, beta)
             kernel = ops.attention_weights(q_phi, k_phi) if self.config.attention_norm != "none" else weights
         if self.config.attention_norm != "none":
@@ -112,6 +116,20 @@ class FastWeightMemory(nn.Module):
         size = self.rule.state_size(self.feature_map.n_out, d_value)
         return size if size is None or self.config.attention_norm == "none" else size + self.feature_map.n_out
 
+    def _start(self, state: MemoryState | None) -> None:
+        """Let a random map draw anew for an empty memory only: a state was written with the matrix it has."""
+        if state is None:
+            self.feature_map.start_sequence()
+        else:
+            self._check_no_stabilizer_over_time("a state that is carried in")
+
+    def _check_no_stabilizer_over_time(self, what: str) -> None:
+        if self.config.feature_map == "favor" and self.config.favor.stabilizer == "sequence":
+            raise ValueError(
+                f"favor.stabilizer=sequence looks at all keys of a sequence, which {what} does not allow; "
+                "set favor.stabilizer: none, or vector with phi_norm: sum"
+            )
+
     def _scan(
         self, q: Tensor | None, k: Tensor, v: Tensor, beta: Tensor | None, state: MemoryState | None, causal: bool
     ) -> tuple[Tensor | None, MemoryState]:
@@ -121,13 +139,13 @@ class FastWeightMemory(nn.Module):
             )
         if self.rule.uses_beta and beta is None:
             raise ValueError(f"rule {self.config.rule} needs beta, the write strength of each step")
-        beta = None if beta is None else _at_least_float32(beta)
         norm = self.config.attention_norm
-        z_BTHK = None
+        z_BTHK = z_last = None
         k_write, beta_write = k, beta
         if norm != "none":
             z_0 = k.new_zeros(k.shape[0], *k.shape[2:]) if state is None or state.z is None else state.z
             z_BTHK = k.cumsum(1) + z_0.unsqueeze(1)
+            z_last = z_BTHK[:, -1] if k.shape[1] else z_0
         if norm == "both":
             assert z_BTHK is not None
             assert beta is not None
@@ -144,7 +162,7 @@ class FastWeightMemory(nn.Module):
         if o is not None and q is not None and z_BTHK is not None:
             z_read = z_BTHK if causal else z_BTHK[:, -1:]
             o = o / ((z_read * q).sum(-1, keepdim=True) + self.config.attention_norm_eps)
-        return o, MemoryState(memory, None if z_BTHK is None else z_BTHK[:, -1])
+        return o, MemoryState(memory, z_last)
 
     def _normalised_retrieval(self, k: Tensor, beta: Tensor, z_before: Tensor, *, fresh: bool) -> tuple[Tensor, Tensor]:
         """Divide what the write retrieves by d_t = z_{t-1} . k_t (eq. 27): the same rule with k / d and beta d.
@@ -189,7 +207,3 @@ class FastWeightAttention(nn.Module):
 def build_attention(config: AttentionConfig, d_model: int, n_heads: int) -> FastWeightAttention:
     """Return the attention that ``config`` names, ready to be trained."""
     return FastWeightAttention(config, d_model, n_heads)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -25,7 +25,8 @@ class Rule:
 
     uses_beta: ClassVar[bool] = False
     causal_only: ClassVar[bool] = True
-    has_attention_weights: ClassVar[bool] = True
+    has_attention_weights: ClassVar[bool] = False
+    """Whether ``attention_weights`` is written."""
     kernel_is_enough: ClassVar[bool] = False
     """True if the attention weights are ``phi(k) . phi(q)`` themselves, so that the features need not be built."""
 
@@ -61,6 +62,7 @@ class SumRule(Rule):
     """Add every outer product (eq. 17): linear attention."""
 
     causal_only = False
+    has_attention_weights = True
     kernel_is_enough = True
 
     def scan(self, q, k, v, *, beta, state, backend, causal):  # type: ignore[no-untyped-def]
@@ -76,6 +78,7 @@ class DeltaRule(Rule):
     """Replace what the key retrieves by a beta-weighted mix with the new value (eqs. 20-25)."""
 
     uses_beta = True
+    has_attention_weights = True
 
     def scan(self, q, k, v, *, beta, state, backend, causal):  # type: ignore[no-untyped-def]
         o, W = ops.delta_rule(q, k, v, beta, state[0] if state else None, backend=backend)
@@ -90,7 +93,6 @@ class FwmRule(Rule):
     """The delta write, the memory then rescaled to Frobenius norm <= 1 (Schlag et al. 2021, Fast Weight Memory)."""
 
     uses_beta = True
-    has_attention_weights = False
 
     def scan(self, q, k, v, *, beta, state, backend, causal):  # type: ignore[no-untyped-def]
         o, W = ops.fwm_rule(q, k, v, beta, state[0] if state else None, backend=backend)
@@ -102,6 +104,7 @@ class SoftmaxRule(Rule):
     """Keep all keys and values and attend with softmax(q . k / sqrt(d)): the Transformer's own memory."""
 
     causal_only = False
+    has_attention_weights = True
 
     def scan(self, q, k, v, *, beta, state, backend, causal):  # type: ignore[no-untyped-def]
         if state:

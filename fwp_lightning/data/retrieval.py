@@ -78,7 +78,7 @@ class RetrievalData(L.LightningDataModule):
         """
         super().__init__()
         for name, value in [("n_keys", n_keys), ("batch_size", batch_size), ("steps_per_block", steps_per_block)]:
-            if value < 1:
+            if int(value) != value or value < 1:
                 raise ValueError(f"data.{name}={value} must be a whole number >= 1")
         if evaluation_sequences < 1 or max_queries < 0:
             raise ValueError(

@@ -90,7 +90,7 @@ class RetrievalModel(nn.Module):
 
     def _is_compiled(self) -> bool:
         """Whether the compiled read-out serves; asked for by name it must."""
-        if self.compute == "factored":
+        if self.compute == "factored" or (self.compute == "auto" and self.memory.config.backend != "auto"):
             return False
         reason = self._pair_memory.why_not(self.W_k.dtype, self.W_k.device)
         if reason and self.compute == "compiled":

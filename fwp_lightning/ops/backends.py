@@ -27,7 +27,8 @@ def why_not(backend: str, rule: str) -> str | None:
     """Return the sentence why ``backend`` cannot run ``rule``, or None if it can."""
     if rule in BACKENDS[backend]:
         return None
-    return f"backend {backend!r} does not compute the rule {rule!r}; choose one of {', '.join(backends_of(rule))}"
+    choices = ", ".join(["auto", *backends_of(rule)])
+    return f"backend {backend!r} does not compute the rule {rule!r}; choose one of {choices}"
 
 
 def backends_of(rule: str) -> list[str]:

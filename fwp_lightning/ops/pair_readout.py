@@ -36,6 +36,7 @@ class PairMemory:
     key_norm_eps: float
     query_norm_eps: float
     attention_norm_eps: float
+    output_scale: str = "none"
 
     def why_not(self, dtype: torch.dtype, device: torch.device) -> str | None:
         """Return the sentence why the kernel cannot compute this, or None if it can (it is built if need be)."""
@@ -45,6 +46,7 @@ class PairMemory:
             ("feature_map", self.feature_map, FEATURE_MAPS),
             ("dtype", dtype, _DTYPES),
             ("device", device.type, {"cpu"}),
+            ("output_scale", self.output_scale, {"none"}),
             ("(rule, phi_norm, attention_norm)", normalisation, _NORMALISATIONS),
         ]
         for name, value, known in checks:
@@ -56,8 +58,8 @@ class PairMemory:
 _NORMALISATIONS = {
     ("sum", "none", "none"),
     ("sum", "none", "readout"),
+    # only these: the backward pass rewinds the adjoint recurrence, which is stable for sum-normalised keys alone
     ("delta", "sum", "none"),
-    ("delta", "none", "none"),
     ("fwm", "none", "none"),
 }
 

@@ -60,6 +60,8 @@ class RetrievalTask(L.LightningModule):
         for name, number in [("d_key", d_key), ("patience", patience), ("max_steps", max_steps), ("lr", lr)]:
             if not number > 0:
                 raise ValueError(f"model.{name}={number} must be > 0")
+        if not math.isfinite(stop_loss):
+            raise ValueError(f"model.stop_loss={stop_loss} must be a number; 0 trains until there is no progress")
         for name, value, known in [
             ("readout_norm", readout_norm, ("none", "layer_norm")),
             ("evaluation_mean", evaluation_mean, ("chunks", "queries")),
@@ -120,7 +122,8 @@ class RetrievalTask(L.LightningModule):
         wrapped = self.optimizers()
         optimizer = wrapped.optimizer  # type: ignore[union-attr]
         total = torch.zeros(())
-        n_steps = block.keys.shape[0]
+        n_steps = min(block.keys.shape[0], self.max_steps - self.steps)
+        block = RetrievalBlock(*(x[:n_steps] for x in block))
         for step, (keys, values, query, target) in enumerate(zip(*block, strict=True)):
             loss = retrieval_loss(self.model(keys, values, query), target).mean()
             optimizer.zero_grad()
