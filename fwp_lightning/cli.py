@@ -251,6 +251,7 @@ def _list(options: argparse.Namespace) -> int:
         "rules": catalog.rules(),
         "feature_maps": catalog.feature_maps(),
         "backends": catalog.backends(),
+        "kernels": catalog.kernels(),
         "paper_names": catalog.paper_names(),
     }
     listed = {name: [dataclasses.asdict(part) for part in found] for name, found in parts.items()}
@@ -286,17 +287,15 @@ def _print_list(listed: dict[str, list[dict[str, Any]]]) -> None:
     _print_columns("experiments", [[e["name"], e["title"], e["source"]] for e in listed["experiments"]])
     _print_columns("rules", [[part["name"], part["summary"]] for part in listed["rules"]])
     _print_columns("feature maps", [[part["name"], part["summary"]] for part in listed["feature_maps"]])
-    backends = [
-        [
-            b["name"],
-            ", ".join(b["rules"]),
-            f"available here: {'yes' if b['available'] else 'no, because'} {b['reason']}",
-        ]
-        for b in listed["backends"]
-    ]
-    _print_columns("backends", backends)
+    for title, key in (("backends", "backends"), ("compiled for the retrieval task", "kernels")):
+        rows = [[b["name"], ", ".join(b["rules"]), _availability(b)] for b in listed[key]]
+        _print_columns(title, rows)
     names = [[p["name"], p["axes"], f"attn_type {p['attn_type']}"] for p in listed["paper_names"]]
     _print_columns("names in the paper, and attn_type in the released code", names)
+
+
+def _availability(backend: dict[str, Any]) -> str:
+    return f"available here: {'yes, ' if backend['available'] else 'no, because '}{backend['reason']}"
 
 
 def _print_columns(title: str, rows: list[list[str]]) -> None:

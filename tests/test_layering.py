@@ -19,8 +19,9 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "errors": set(),
     "registry": {"errors"},
     "seeding": {"errors"},
-    "ops": {"errors", "registry"},
-    "attention": {"errors", "registry", "seeding", "ops"},
+    "compiled": {"errors"},
+    "ops": {"errors", "registry", "compiled"},
+    "attention": {"errors", "registry", "seeding", "compiled", "ops"},
     "models": {"errors", "registry", "seeding", "ops", "attention"},
     # data stands beside the stack: tasks and the command line meet it, models never do
     "data": {"errors", "registry", "seeding"},

@@ -7,6 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from fwp_lightning import compiled
+
 _PACKAGE = Path(__file__).parent.parent
 
 
@@ -56,8 +58,14 @@ def backends() -> list[BackendEntry]:
         name = _registered_name(call.func, "BACKENDS")
         if name:
             computed = tuple(str(key.value) for key in call.args[0].keys if isinstance(key, ast.Constant))
-            entries.append(BackendEntry(name, computed, True, "PyTorch only: any device, no compiler"))
+            entries.append(BackendEntry(name, computed, True, "in PyTorch on any device"))
     return entries
+
+
+def kernels() -> list[BackendEntry]:
+    """Return the C++ kernels of the retrieval task; `auto` takes them where they are available."""
+    uses = {"pair_readout": ("sum", "delta", "fwm"), "exponential_rows": ("sum with favor",)}
+    return [BackendEntry(name, rules_, *compiled.outlook(name)) for name, rules_ in uses.items()]
 
 
 def paper_names() -> list[PaperName]:

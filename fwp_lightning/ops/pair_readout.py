@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from fwp_lightning.ops import compiled
+from fwp_lightning import compiled
 
 LANES = 16
 RULES = {"sum": 0, "delta": 1, "fwm": 2}

@@ -22,7 +22,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, relu, threshold
 
-from fwp_lightning.ops import compiled
+from fwp_lightning import compiled
 
 CHUNK = 32  # the measured optimum of 16, 32, 64 for K = 64 .. 256 on CPU
 

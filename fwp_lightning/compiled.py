@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-SOURCES = Path(__file__).parent / "csrc"
+SOURCES = Path(__file__).parent / "ops" / "csrc"
 FLAGS = (
     "-O3",
     "-march=native",
@@ -33,6 +33,7 @@ FLAGS = (
     "-Wno-psabi",
 )
 BUILD_SECONDS = 300
+NO_COMPILER = "no C++ compiler was found (g++, or the one that CXX names)"
 
 
 class KernelUnavailable(RuntimeError):
@@ -58,6 +59,21 @@ def why_unavailable(name: str) -> str | None:
     return None
 
 
+def outlook(name: str) -> tuple[bool, str]:
+    """Return whether a kernel can be expected to work here and why, without building it."""
+    cxx = compiler()
+    if cxx is None:
+        return False, NO_COMPILER
+    try:
+        built = _target(name, cxx).is_file()
+    except OSError as error:
+        return (
+            False,
+            f"the cache folder {cache_folder()} cannot be read ({error.strerror}); set FWP_CACHE to a folder of yours",
+        )
+    return True, "built" if built else f"{Path(cxx).name} builds it on first use, once"
+
+
 def compiler() -> str | None:
     """Return the path of the C++ compiler, or None."""
     return next((path for name in (os.environ.get("CXX"), "g++", "c++") if name and (path := shutil.which(name))), None)
@@ -70,18 +86,17 @@ def cache_folder() -> Path:
 
 
 def _built(name: str) -> Path:
-    source = SOURCES / f"{name}.cpp"
     cxx = compiler()
     if cxx is None:
-        raise KernelUnavailable("no C++ compiler was found (g++, or the one that CXX names)")
-    target = cache_folder() / f"{name}-{_fingerprint(source, cxx)}.so"
+        raise KernelUnavailable(NO_COMPILER)
+    target = _target(name, cxx)
     if target.is_file():
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_suffix(".lock"), timeout=BUILD_SECONDS):
             if not target.is_file():
-                _compile(cxx, source, target)
+                _compile(cxx, SOURCES / f"{name}.cpp", target)
     except Timeout as error:
         raise KernelUnavailable(f"another process has been building {name} for over {BUILD_SECONDS} s") from error
     except OSError as error:
@@ -89,6 +104,10 @@ def _built(name: str) -> Path:
             f"kernels cannot be kept in {target.parent} ({error.strerror}); set FWP_CACHE to a folder of yours"
         ) from error
     return target
+
+
+def _target(name: str, cxx: str) -> Path:
+    return cache_folder() / f"{name}-{_fingerprint(SOURCES / f'{name}.cpp', cxx)}.so"
 
 
 def _compile(cxx: str, source: Path, target: Path) -> None:

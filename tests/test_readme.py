@@ -1,0 +1,67 @@
+"""What README shows is run as it stands there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.M | re.S)
+
+
+def named_block(language: str, first_line: str) -> str:
+    return next(text for text in blocks(language) if text.startswith(first_line))
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project folder with README's two files in it."""
+    shutil.copytree(ROOT / "experiments" / "base", tmp_path / "experiments" / "base")
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "results").mkdir()
+    shutil.copy(ROOT / "results" / "paper.csv", tmp_path / "results")
+    (tmp_path / "my_map.py").write_text(named_block("python", "# my_map.py"), encoding="utf-8")
+    (tmp_path / "experiments" / "mine.yaml").write_text(
+        named_block("yaml", "# experiments/mine.yaml"), encoding="utf-8"
+    )
+    return tmp_path
+
+
+def test_a_users_own_map_runs_beside_the_papers_rows(project: Path) -> None:
+    commands = next(text for text in blocks("bash") if "fwp sweep mine" in text)
+    environment = os.environ | {"FWP_ROOT": str(project), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    programs = {"fwp": [sys.executable, "-m", "fwp_lightning"], "python": [sys.executable]}
+    for command in commands.splitlines():
+        program, *arguments = command.split()
+        result = subprocess.run(
+            [*programs[program], *arguments], cwd=project, env=environment, capture_output=True, text=True, timeout=240
+        )
+        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    table = (project / "reports" / "output" / "smoke" / "corrected" / "mine.md").read_text(encoding="utf-8")
+    assert "Linear" in table
+    assert "Mine" in table
+    runs = (project / "results" / "runs.csv").read_text(encoding="utf-8").splitlines()
+    assert sum(",shifted_relu," in line and ",complete," in line for line in runs) == 2
+
+
+def test_the_layer_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    scope: dict[str, object] = {}
+    exec(named_block("python", "import torch\n\nfrom fwp_lightning.attention import AttentionConfig"), scope)
+    assert scope["y"].shape == (2, 256, 128)  # type: ignore[attr-defined]
+    # DPFP-1 at d_head 16: 32 features for 16 values, per head
+    assert scope["state"].memory[0].shape == (2, 8, 32, 16)  # type: ignore[attr-defined]
+
+
+def test_the_commands_at_the_start_are_targets_of_make_and_mlflow() -> None:
+    start = blocks("bash")[0].splitlines()
+    assert start == ["make reproduce", ".venv/bin/mlflow ui"]
