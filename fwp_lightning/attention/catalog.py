@@ -53,12 +53,14 @@ def backends() -> list[BackendEntry]:
     """Return the backends, fastest first, with the reason why each can or cannot run here."""
     entries = []
     for call in ast.walk(ast.parse((_PACKAGE / "ops" / "backends.py").read_text())):
-        if not (isinstance(call, ast.Call) and call.args and isinstance(call.args[0], ast.Dict)):
+        if not (isinstance(call, ast.Call) and call.args and isinstance(call.args[0], ast.Call)):
             continue
-        name = _registered_name(call.func, "BACKENDS")
-        if name:
-            computed = tuple(str(key.value) for key in call.args[0].keys if isinstance(key, ast.Constant))
-            entries.append(BackendEntry(name, computed, True, "in PyTorch on any device"))
+        name, backend = _registered_name(call.func, "BACKENDS"), call.args[0]
+        if name and isinstance(backend.args[0], ast.Dict):
+            computed = tuple(str(key.value) for key in backend.args[0].keys if isinstance(key, ast.Constant))
+            kernel = next((str(k.value.value) for k in backend.keywords if isinstance(k.value, ast.Constant)), None)
+            outlook = compiled.outlook(kernel) if kernel else (True, "in PyTorch on any device")
+            entries.append(BackendEntry(name, computed, *outlook))
     return entries
 
 

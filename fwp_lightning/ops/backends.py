@@ -5,49 +5,66 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from fwp_lightning.ops import chunked, fwm, reference
+from fwp_lightning.ops import chunked, fwm, recurrence, reference
 from fwp_lightning.registry import Registry
 
 log = logging.getLogger(__name__)
 
-Implementation = Callable[..., tuple[torch.Tensor | None, torch.Tensor]]
-
-BACKENDS: Registry[dict[str, Implementation]] = Registry("backend")
-# fastest first: `auto` takes the first that computes the rule
-BACKENDS.register("chunked")({"sum": chunked.sum_rule, "delta": chunked.delta_rule})
-BACKENDS.register("scan")({"fwm": fwm.fwm_rule})
-BACKENDS.register("reference")({"sum": reference.sum_rule, "delta": reference.delta_rule, "fwm": reference.fwm_rule})
+Implementation = Callable[..., tuple[Tensor | None, Tensor]]
 
 
-def why_not(backend: str, rule: str) -> str | None:
-    """Return the sentence why ``backend`` cannot run ``rule``, or None if it can."""
-    if rule in BACKENDS[backend]:
-        return None
-    choices = ", ".join(["auto", *backends_of(rule)])
-    return f"backend {backend!r} does not compute the rule {rule!r}; choose one of {choices}"
+@dataclass(frozen=True)
+class Backend:
+    """The rules that a backend computes, and the reason why it cannot take certain tensors."""
+
+    rules: dict[str, Implementation]
+    why_not: Callable[[Tensor], str | None] = lambda k: None
+    kernel: str | None = None
+    """The compiled kernel it needs."""
 
 
-def backends_of(rule: str) -> list[str]:
-    """Return the backends that compute ``rule``, fastest first."""
-    return [name for name in BACKENDS if rule in BACKENDS[name]]
+BACKENDS: Registry[Backend] = Registry("backend")
+# fastest first: `auto` takes the first that can
+BACKENDS.register("cpu")(
+    Backend({"sum": recurrence.sum_rule, "delta": recurrence.delta_rule}, recurrence.why_not, kernel="recurrence")
+)
+BACKENDS.register("chunked")(Backend({"sum": chunked.sum_rule, "delta": chunked.delta_rule}))
+BACKENDS.register("scan")(Backend({"fwm": fwm.fwm_rule}))
+BACKENDS.register("reference")(
+    Backend({"sum": reference.sum_rule, "delta": reference.delta_rule, "fwm": reference.fwm_rule})
+)
 
 
-def implementation(rule: str, backend: str, steps: int) -> Implementation:
+def why_not(backend: str, rule: str, k: Tensor | None = None) -> str | None:
+    """Return the sentence why ``backend`` cannot run ``rule`` (on tensors like ``k``), or None if it can."""
+    if rule not in BACKENDS[backend].rules:
+        choices = ", ".join(["auto", *backends_of(rule)])
+        return f"backend {backend!r} does not compute the rule {rule!r}; choose one of {choices}"
+    return None if k is None else BACKENDS[backend].why_not(k)
+
+
+def backends_of(rule: str, k: Tensor | None = None) -> list[str]:
+    """Return the backends that compute ``rule`` (on tensors like ``k``), fastest first."""
+    return [name for name in BACKENDS if rule in BACKENDS[name].rules and (k is None or not BACKENDS[name].why_not(k))]
+
+
+def implementation(rule: str, backend: str, k: Tensor) -> Implementation:
     """Return the function that computes ``rule``; a backend asked for by name is used or refused, never swapped."""
     if backend != "auto":
-        reason = why_not(backend, rule)
+        reason = why_not(backend, rule, k)
         if reason:
             raise ValueError(reason)
-        return BACKENDS[backend][rule]
+        return BACKENDS[backend].rules[rule]
     # one step is one write and one read: there is nothing to make parallel
-    chosen = "reference" if steps == 1 else backends_of(rule)[0]
-    if steps > 1:
+    chosen = "reference" if k.shape[1] == 1 else backends_of(rule, k)[0]
+    if k.shape[1] > 1:
         _log_choice(rule, chosen)
-    return BACKENDS[chosen][rule]
+    return BACKENDS[chosen].rules[rule]
 
 
 @functools.cache
