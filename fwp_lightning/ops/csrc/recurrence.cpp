@@ -45,25 +45,49 @@ template <class Real> inline Real sum_lanes(typename Lanes<Real>::type x) {
     return total;
 }
 
-// sum_i scale[i] * rows[i], in four chains to hide the latency of a multiply-add
-template <class Real> inline typename Lanes<Real>::type combine(const typename Lanes<Real>::type *rows, const Real *scale, int64_t n) {
-    typename Lanes<Real>::type a{}, b{}, c{}, d{};
-    int64_t i = 0;
-    for (; i + 3 < n; i += 4) {
-        a += rows[i] * scale[i];
-        b += rows[i + 1] * scale[i + 1];
-        c += rows[i + 2] * scale[i + 2];
-        d += rows[i + 3] * scale[i + 3];
-    }
-    for (; i < n; ++i) a += rows[i] * scale[i];
-    return (a + b) + (c + d);
-}
-template <class Real> inline void add_outer(typename Lanes<Real>::type *rows, const Real *scale, typename Lanes<Real>::type x, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) rows[i] += scale[i] * x;
-}
-
-template <class Real> struct Head {
+// N blocks of lanes: columns c .. c + 16 N of a row, so that a broadcast number serves N multiply-adds.
+template <class Real, int N> struct Block {
     using V = typename Lanes<Real>::type;
+    V lanes[N];
+
+    static Block zero() {
+        Block out;
+        for (int i = 0; i < N; ++i) out.lanes[i] = V{};
+        return out;
+    }
+    static Block from(const Real *row, int64_t c, int64_t size) {
+        Block out = zero();
+        for (int i = 0; i < N; ++i)
+            if (c + i * LANES < size) out.lanes[i] = load<Real>(row + c + i * LANES, size - c - i * LANES);
+        return out;
+    }
+    void to(Real *row, int64_t c, int64_t size) const {
+        for (int i = 0; i < N; ++i)
+            if (c + i * LANES < size) store<Real>(row + c + i * LANES, lanes[i], size - c - i * LANES);
+    }
+    inline void add(Real scale, const Block &x) {
+        for (int i = 0; i < N; ++i) lanes[i] += scale * x.lanes[i];
+    }
+    Block operator*(Real scale) const {
+        Block out;
+        for (int i = 0; i < N; ++i) out.lanes[i] = scale * lanes[i];
+        return out;
+    }
+    Block operator-(const Block &x) const {
+        Block out;
+        for (int i = 0; i < N; ++i) out.lanes[i] = lanes[i] - x.lanes[i];
+        return out;
+    }
+    Real dot(const Block &x) const {
+        V total{};
+        for (int i = 0; i < N; ++i) total += lanes[i] * x.lanes[i];
+        return sum_lanes<Real>(total);
+    }
+};
+
+// One head, N blocks of lanes at a time. Every step is one pass over the rows of the memory.
+template <class Real, int N> struct Head {
+    using B = Block<Real, N>;
     const Problem<Real> &p;
     int64_t index, b, h;
 
@@ -73,147 +97,193 @@ template <class Real> struct Head {
     const Real *q(int64_t t) const { return p.q + row(t) * p.keys; }
     const Real *k(int64_t t) const { return p.k + row(t) * p.keys; }
     const Real *v(int64_t t) const { return p.v + row(t) * p.values; }
-    Real beta(int64_t t) const { return p.beta[row(t)]; }
+    Real beta(int64_t t) const { return p.delta ? p.beta[row(t)] : Real(1); }
 
-    // errors [B, T, H, V]: v - W^T k before each write; checkpoints [B, H, N, K, V]: W after each interval
-    void forward(Real *o, Real *errors, Real *last, Real *checkpoints, V *W) const {
-        for (int64_t c = 0; c < p.values; c += LANES) {
-            const int64_t n = p.values - c;
-            for (int64_t i = 0; i < p.keys; ++i)
-                W[i] = p.state ? load<Real>(p.state + index * p.cells() + i * p.values + c, n) : V{};
+    // errors [B, T, H, V]: v - W^T k before each write; checkpoints [B, H, n, K, V]: W after each interval
+    void forward(Real *o, Real *errors, Real *last, Real *checkpoints, B *W) const {
+        // constants of their own: the compiler cannot know that stores leave p alone
+        const int64_t K = p.keys;
+        const bool delta = p.delta, reads = p.q != nullptr;
+        for (int64_t c = 0; c < p.values; c += N * LANES) {
+            B retrieved = B::zero();
+            for (int64_t i = 0; i < K; ++i) {
+                W[i] = p.state ? B::from(p.state + index * p.cells() + i * p.values, c, p.values) : B::zero();
+                if (delta && p.steps > 0) retrieved.add(k(0)[i], W[i]);
+            }
             for (int64_t t = 0; t < p.steps; ++t) {
-                const Real *key = k(t);
-                V u = load<Real>(v(t) + c, n);
-                if (p.delta) {
-                    u -= combine<Real>(W, key, p.keys);
-                    store<Real>(errors + row(t) * p.values + c, u, n);
-                    u *= beta(t);
+                B u = B::from(v(t), c, p.values);
+                if (delta) {
+                    u = u - retrieved;
+                    u.to(errors + row(t) * p.values, c, p.values);
+                    u = u * beta(t);
                 }
-                add_outer<Real>(W, key, u, p.keys);
-                if (p.q) store<Real>(o + row(t) * p.values + c, combine<Real>(W, q(t), p.keys), n);
-                if ((t + 1) % p.interval == 0 || t + 1 == p.steps) {
+                // this write, this read and what the next write will retrieve, in one pass
+                const Real *key = k(t), *query = reads ? q(t) : key, *next = t + 1 < p.steps ? k(t + 1) : key;
+                B read = B::zero();
+                retrieved = B::zero();
+                for (int64_t i = 0; i < K; ++i) {
+                    B w = W[i];
+                    w.add(key[i], u);
+                    read.add(query[i], w);
+                    if (delta) retrieved.add(next[i], w);
+                    W[i] = w;
+                }
+                if (reads) read.to(o + row(t) * p.values, c, p.values);
+                if ((t + 1) % p.interval == 0) {
                     Real *kept = checkpoints + (index * p.checkpoints() + t / p.interval) * p.cells();
-                    for (int64_t i = 0; i < p.keys; ++i) store<Real>(kept + i * p.values + c, W[i], n);
+                    for (int64_t i = 0; i < K; ++i) W[i].to(kept + i * p.values, c, p.values);
                 }
             }
-            for (int64_t i = 0; i < p.keys; ++i) store<Real>(last + index * p.cells() + i * p.values + c, W[i], n);
+            for (int64_t i = 0; i < K; ++i) W[i].to(last + index * p.cells() + i * p.values, c, p.values);
         }
     }
 
     // values in the lanes: grad_v, grad_beta, and for the second pass removed = beta r [B, T, H, V]; the last G is dL/dW_0
     void backward_values(const Real *errors, const Real *grad_o, const Real *grad_last, Real *grad_v, Real *grad_beta,
-                         Real *removed, Real *grad_state, V *G) const {
-        for (int64_t c = 0; c < p.values; c += LANES) {
-            const int64_t n = p.values - c;
-            for (int64_t i = 0; i < p.keys; ++i) G[i] = load<Real>(grad_last + index * p.cells() + i * p.values + c, n);
+                         Real *removed, Real *grad_state, B *G) const {
+        const int64_t K = p.keys;
+        const bool delta = p.delta, reads = p.q != nullptr;
+        for (int64_t c = 0; c < p.values; c += N * LANES) {
+            for (int64_t i = 0; i < K; ++i) G[i] = B::from(grad_last + index * p.cells() + i * p.values, c, p.values);
+            B lost = B::zero();
             for (int64_t t = p.steps - 1; t >= 0; --t) {
-                const Real *key = k(t);
-                if (p.q) add_outer<Real>(G, q(t), load<Real>(grad_o + row(t) * p.values + c, n), p.keys);
-                const V r = combine<Real>(G, key, p.keys);
-                if (!p.delta) {
-                    store<Real>(grad_v + row(t) * p.values + c, r, n);
-                    continue;
+                // what the write after this one removed, this read and what this write receives, in one pass
+                const Real *key = k(t), *query = reads ? q(t) : key, *after = t + 1 < p.steps ? k(t + 1) : key;
+                const B g = reads ? B::from(grad_o + row(t) * p.values, c, p.values) : B::zero();
+                B r = B::zero();
+                for (int64_t i = 0; i < K; ++i) {
+                    B x = G[i];
+                    if (delta) x.add(-after[i], lost);
+                    x.add(query[i], g);
+                    r.add(key[i], x);
+                    G[i] = x;
                 }
-                const V scaled = beta(t) * r;
-                store<Real>(grad_v + row(t) * p.values + c, scaled, n);
-                store<Real>(removed + row(t) * p.values + c, scaled, n);
-                grad_beta[row(t)] += sum_lanes<Real>(load<Real>(errors + row(t) * p.values + c, n) * r);
-                add_outer<Real>(G, key, -scaled, p.keys);
+                if (delta) {
+                    grad_beta[row(t)] += B::from(errors + row(t) * p.values, c, p.values).dot(r);
+                    lost = r * beta(t);
+                    lost.to(removed + row(t) * p.values, c, p.values);
+                    r = lost;
+                }
+                r.to(grad_v + row(t) * p.values, c, p.values);
             }
-            for (int64_t i = 0; i < p.keys; ++i) store<Real>(grad_state + index * p.cells() + i * p.values + c, G[i], n);
+            for (int64_t i = 0; i < K; ++i) {
+                if (delta && p.steps > 0) G[i].add(-k(0)[i], lost);
+                G[i].to(grad_state + index * p.cells() + i * p.values, c, p.values);
+            }
         }
     }
-    // keys in the lanes: grad_q and grad_k of one block of sixteen keys; G [V] rows, memories [interval + 1, V] rows
+
+    // keys in the lanes: grad_q and grad_k; G [V] rows, memories [interval + 1, V] rows
     void backward_keys(const Real *errors, const Real *removed, const Real *grad_o, const Real *grad_last,
-                       const Real *checkpoints, Real *grad_q, Real *grad_k, V *G, V *memories) const {
-        for (int64_t c = 0; c < p.keys; c += LANES) {
-            const int64_t n = p.keys - c;
-            load_columns(grad_last + index * p.cells(), c, n, G);
+                       const Real *checkpoints, Real *grad_q, Real *grad_k, B *G, B *memories) const {
+        const int64_t V = p.values;
+        const bool delta = p.delta, reads = p.q != nullptr;
+        for (int64_t c = 0; c < p.keys; c += N * LANES) {
+            load_columns(grad_last + index * p.cells(), c, G);
             for (int64_t end = p.steps; end > 0;) {
                 const int64_t begin = (end - 1) / p.interval * p.interval;
                 write_again(errors, checkpoints, c, begin, end, memories);
                 for (int64_t t = end - 1; t >= begin; --t) {
-                    const V *before = memories + (t - begin) * p.values, *after = before + p.values;
-                    const V key = load<Real>(k(t) + c, n);
-                    if (p.q) {
-                        const Real *g = grad_o + row(t) * p.values;
-                        store<Real>(grad_q + row(t) * p.keys + c, combine<Real>(after, g, p.values), n);
-                        add_outer<Real>(G, g, load<Real>(q(t) + c, n), p.values);
+                    const B *before = memories + (t - begin) * V, *after = before + V;
+                    const B key = B::from(k(t), c, p.keys), query = reads ? B::from(q(t), c, p.keys) : B::zero();
+                    const Real *e = (delta ? errors : p.v) + row(t) * V;
+                    const Real *g = reads ? grad_o + row(t) * V : e, *lost = delta ? removed + row(t) * V : e;
+                    B read = B::zero(), gain = B::zero(), loss = B::zero();
+                    for (int64_t j = 0; j < V; ++j) {
+                        B x = G[j];
+                        x.add(g[j], query);
+                        gain.add(e[j], x);
+                        if (reads) read.add(g[j], after[j]);
+                        if (delta) {
+                            loss.add(lost[j], before[j]);
+                            x.add(-lost[j], key);
+                        }
+                        G[j] = x;
                     }
-                    if (!p.delta) {
-                        store<Real>(grad_k + row(t) * p.keys + c, combine<Real>(G, v(t), p.values), n);
-                        continue;
-                    }
-                    const Real *e = errors + row(t) * p.values, *lost = removed + row(t) * p.values;
-                    const V gain = beta(t) * combine<Real>(G, e, p.values);
-                    store<Real>(grad_k + row(t) * p.keys + c, gain - combine<Real>(before, lost, p.values), n);
-                    add_outer<Real>(G, lost, -key, p.values);
+                    if (reads) read.to(grad_q + row(t) * p.keys, c, p.keys);
+                    (gain * beta(t) - loss).to(grad_k + row(t) * p.keys, c, p.keys);
                 }
                 end = begin;
             }
         }
     }
     // the memories before `begin` and after each step of an interval, written again from what was kept
-    void write_again(const Real *errors, const Real *checkpoints, int64_t c, int64_t begin, int64_t end, V *memories) const {
-        const int64_t n = p.keys - c;
-        const int64_t interval = begin / p.interval;
+    void write_again(const Real *errors, const Real *checkpoints, int64_t c, int64_t begin, int64_t end, B *memories) const {
+        const int64_t V = p.values, interval = begin / p.interval;
         if (interval > 0)
-            load_columns(checkpoints + (index * p.checkpoints() + interval - 1) * p.cells(), c, n, memories);
+            load_columns(checkpoints + (index * p.checkpoints() + interval - 1) * p.cells(), c, memories);
         else if (p.state)
-            load_columns(p.state + index * p.cells(), c, n, memories);
+            load_columns(p.state + index * p.cells(), c, memories);
         else
-            std::fill(memories, memories + p.values, V{});
+            std::fill(memories, memories + V, B::zero());
         for (int64_t t = begin; t < end; ++t) {
-            const V *before = memories + (t - begin) * p.values;
-            V *after = memories + (t - begin + 1) * p.values;
-            const V key = load<Real>(k(t) + c, n) * (p.delta ? beta(t) : Real(1));
-            const Real *u = p.delta ? errors + row(t) * p.values : v(t);
-            for (int64_t j = 0; j < p.values; ++j) after[j] = before[j] + u[j] * key;
+            const B *before = memories + (t - begin) * V;
+            B *after = memories + (t - begin + 1) * V;
+            const B key = B::from(k(t), c, p.keys) * beta(t);
+            const Real *u = (p.delta ? errors : p.v) + row(t) * V;
+            for (int64_t j = 0; j < V; ++j) {
+                B w = before[j];
+                w.add(u[j], key);
+                after[j] = w;
+            }
         }
     }
-    // rows[v] = sixteen entries of column v of a [K, V] matrix
-    void load_columns(const Real *matrix, int64_t c, int64_t n, V *rows) const {
+    // rows[v] = a block of entries of column v of a [K, V] matrix
+    void load_columns(const Real *matrix, int64_t c, B *rows) const {
+        const int64_t n = std::min<int64_t>(N * LANES, p.keys - c);
         for (int64_t j = 0; j < p.values; ++j) {
-            rows[j] = V{};
-            for (int64_t l = 0; l < std::min<int64_t>(n, LANES); ++l) rows[j][l] = matrix[(c + l) * p.values + j];
+            rows[j] = B::zero();
+            for (int64_t l = 0; l < n; ++l) rows[j].lanes[l / LANES][l % LANES] = matrix[(c + l) * p.values + j];
         }
     }
 };
 
-template <class Real> struct Buffers {
-    using V = typename Lanes<Real>::type;
-    V *at(Real *scratch, const Problem<Real> &p, int64_t thread) const {
-        return reinterpret_cast<V *>(scratch) + thread * vectors(p);
-    }
-    static int64_t vectors(const Problem<Real> &p) {
-        return std::max(p.keys, p.values) + (p.interval + 1) * p.values;
-    }
-};
+constexpr int WIDE = 2;
 
-template <class Real> void forward(const Problem<Real> &p, Real *o, Real *errors, Real *last, Real *checkpoints, Real *scratch) {
+template <class Real> int64_t scratch_vectors(const Problem<Real> &p) {
+    return WIDE * (std::max(p.keys, p.values) + (p.interval + 1) * p.values);
+}
+
+// f(head, scratch of its thread) for all heads; heads are independent, so any number of threads gives the same numbers
+template <class Real, class F> void for_each_head(const Problem<Real> &p, Real *scratch, F f) {
+    using V = typename Lanes<Real>::type;
     const int64_t heads = p.batch * p.heads, per_thread = (heads + p.threads - 1) / p.threads;
 #pragma omp parallel for num_threads(p.threads) schedule(static)
-    for (int64_t thread = 0; thread < p.threads; ++thread) {
-        auto *W = Buffers<Real>().at(scratch, p, thread);
+    for (int64_t thread = 0; thread < p.threads; ++thread)
         for (int64_t i = thread * per_thread; i < std::min(heads, (thread + 1) * per_thread); ++i)
-            Head<Real>(p, i).forward(o, errors, last, checkpoints, W);
-    }
+            f(i, reinterpret_cast<V *>(scratch) + thread * scratch_vectors(p));
+}
+
+template <class Real> void forward(const Problem<Real> &p, Real *o, Real *errors, Real *last, Real *checkpoints, Real *scratch) {
+    using V = typename Lanes<Real>::type;
+    for_each_head(p, scratch, [&](int64_t i, V *own) {
+        if (p.values > LANES)
+            Head<Real, WIDE>(p, i).forward(o, errors, last, checkpoints, reinterpret_cast<Block<Real, WIDE> *>(own));
+        else
+            Head<Real, 1>(p, i).forward(o, errors, last, checkpoints, reinterpret_cast<Block<Real, 1> *>(own));
+    });
 }
 
 template <class Real>
 void backward(const Problem<Real> &p, const Real *errors, const Real *checkpoints, const Real *grad_o, const Real *grad_last,
               Real *removed, Real *grad_q, Real *grad_k, Real *grad_v, Real *grad_beta, Real *grad_state, Real *scratch) {
-    const int64_t heads = p.batch * p.heads, per_thread = (heads + p.threads - 1) / p.threads;
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-    for (int64_t thread = 0; thread < p.threads; ++thread) {
-        auto *first = Buffers<Real>().at(scratch, p, thread);
-        auto *second = first + std::max(p.keys, p.values);
-        for (int64_t i = thread * per_thread; i < std::min(heads, (thread + 1) * per_thread); ++i) {
-            const Head<Real> head(p, i);
-            head.backward_values(errors, grad_o, grad_last, grad_v, grad_beta, removed, grad_state, first);
-            head.backward_keys(errors, removed, grad_o, grad_last, checkpoints, grad_q, grad_k, first, second);
-        }
-    }
+    using V = typename Lanes<Real>::type;
+    using Narrow = Block<Real, 1>;
+    using Wide = Block<Real, WIDE>;
+    for_each_head(p, scratch, [&](int64_t i, V *own) {
+        if (p.values > LANES)
+            Head<Real, WIDE>(p, i).backward_values(errors, grad_o, grad_last, grad_v, grad_beta, removed, grad_state,
+                                                   reinterpret_cast<Wide *>(own));
+        else
+            Head<Real, 1>(p, i).backward_values(errors, grad_o, grad_last, grad_v, grad_beta, removed, grad_state,
+                                                reinterpret_cast<Narrow *>(own));
+        if (p.keys > LANES)
+            Head<Real, WIDE>(p, i).backward_keys(errors, removed, grad_o, grad_last, checkpoints, grad_q, grad_k,
+                                                 reinterpret_cast<Wide *>(own), reinterpret_cast<Wide *>(own) + p.values);
+        else
+            Head<Real, 1>(p, i).backward_keys(errors, removed, grad_o, grad_last, checkpoints, grad_q, grad_k,
+                                              reinterpret_cast<Narrow *>(own), reinterpret_cast<Narrow *>(own) + p.values);
+    });
 }
 
 }  // namespace
@@ -230,7 +300,7 @@ void backward(const Problem<Real> &p, const Real *errors, const Real *checkpoint
                        grad_state, scratch);                                                                            \
     }                                                                                                                   \
     extern "C" int64_t fwp_recurrence_scratch_##SUFFIX(const Problem<REAL> *p) {                                        \
-        return p->threads * Buffers<REAL>::vectors(*p) * LANES;                                                         \
+        return p->threads * scratch_vectors(*p) * LANES;                                                                \
     }
 
 FWP_RECURRENCE(float, float32)
