@@ -10,13 +10,18 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fwp_lightning.errors import UserError
+from fwp_lightning.experiment import CHECKPOINT_SECONDS, LARGEST_SEED, PROFILES
 from fwp_lightning.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from fwp_lightning.experiment import Run
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -25,6 +30,11 @@ LIGHTNING_COMMANDS = {
     "fit": "train one configuration",
     "validate": "evaluate one configuration on the validation data",
     "test": "evaluate one configuration on the test data",
+}
+# these have parsers of their own, which get all that is typed behind the name
+OTHER_COMMANDS = {
+    "report": "make tables and figures from results/*.csv",
+    "bench": "measure the operations on this machine",
 }
 EXAMPLES = """examples:
   fwp list                                  what can be chosen, and what can run here
@@ -41,8 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(typed)
     except UserError as error:
-        print(f"fwp: error: {error}", file=sys.stderr)
-        return 2
+        return _complain(error)
     except KeyboardInterrupt:
         print("fwp: stopped", file=sys.stderr)
         return 130
@@ -50,12 +59,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # the reader of our output is gone, as in `fwp list | head`; nothing may be written at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception as error:
+        if sentence := _of_store(error):
+            return _complain(sentence)
+        raise
+
+
+def _complain(problem: object) -> int:
+    print(f"fwp: error: {problem}", file=sys.stderr)
+    return 2
+
+
+def _of_store(error: Exception) -> str | None:
+    """Return what is wrong with the MLflow store if the error comes from there."""
+    from fwp_lightning.experiment import find_project
+    from fwp_lightning.tracking import is_of_store, store_sentence
+
+    return store_sentence(find_project(required=False), error) if is_of_store(error) else None
 
 
 def _dispatch(typed: list[str]) -> int:
     imports, rest = _take_imports(typed)
     if rest and rest[0] in LIGHTNING_COMMANDS:
         return _run_lightning(rest, imports, typed)
+    if rest and rest[0] in OTHER_COMMANDS:
+        _import_user_files(imports)
+        return _report(rest[1:]) if rest[0] == "report" else _bench(rest[1:])
     options = build_parser().parse_args(rest)
     options.imports, options.typed = imports, typed
     command: Command = options.command
@@ -82,7 +111,10 @@ def _take_imports(typed: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are a sentence, not a usage text."""
+    """An argument parser whose complaints are a sentence, not a usage text; options are written out."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{**settings, "allow_abbrev": False})
 
     def error(self, message: str) -> Any:
         """Complain in one sentence."""
@@ -90,7 +122,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands but fit, validate and test, which it only names."""
+    """Return the parser of the commands; those with a parser of their own are only named."""
     parser = _Parser(
         prog="fwp",
         description=(__doc__ or "").splitlines()[0],
@@ -101,16 +133,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     for name, text in LIGHTNING_COMMANDS.items():
         commands.add_parser(name, help=f"{text} (LightningCLI arguments)", add_help=False)
+    for name, text in OTHER_COMMANDS.items():
+        commands.add_parser(name, help=f"{text} (fwp {name} --help)", add_help=False)
     _add_sweep(commands)
     status = _add(commands, "status", _status, "show how far every experiment is")
     status.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="default: those with a tracked run")
     _add(commands, "export", _export, "write the tracked runs to results/runs.csv and results/metrics.csv")
-    report = _add(commands, "report", _report, "make tables and figures from results/*.csv")
-    report.add_argument("arguments", nargs=argparse.REMAINDER, metavar="NAME", help="as for python -m reports")
     listing = _add(commands, "list", _list, "list experiments, rules, feature maps and backends")
     listing.add_argument("--json", action="store_true", help="print JSON")
-    bench = _add(commands, "bench", _bench, "measure the operations on this machine")
-    bench.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
 
@@ -128,13 +158,21 @@ def _add(commands: Any, name: str, command: Command, text: str) -> argparse.Argu
 def _add_sweep(commands: Any) -> None:
     parser = _add(commands, "sweep", _sweep, "train the runs of experiments that are not complete yet")
     parser.add_argument("experiments", nargs="+", metavar="EXPERIMENT", help="as in experiments/EXPERIMENT.yaml")
-    parser.add_argument("--profile", default="smoke", help="smoke, short or paper: how much is run (default: smoke)")
+    parser.add_argument(
+        "--profile", default=PROFILES[0], help=f"{', '.join(PROFILES)}: how much is run (default: %(default)s)"
+    )
     parser.add_argument("--protocol", help="released or corrected (default: the experiment's own)")
     parser.add_argument("--jobs", type=_positive, metavar="N", help="worker processes (default: one per core)")
     parser.add_argument("--rows", type=_words, metavar="A,B", help="only these rows")
     parser.add_argument("--seeds", type=_numbers, metavar="1,2", help="these seeds instead of the experiment's")
     parser.add_argument("--dry-run", action="store_true", help="show the runs and what they will cost, train nothing")
-    parser.add_argument("--checkpoint-seconds", type=float, default=30.0, metavar="S", help="default: 30")
+    parser.add_argument(
+        "--checkpoint-seconds",
+        type=_seconds,
+        default=CHECKPOINT_SECONDS,
+        metavar="S",
+        help="between two checkpoints of a run (default: %(default)g)",
+    )
 
 
 def _positive(text: str) -> int:
@@ -143,15 +181,31 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0")
+    return seconds
+
+
 def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing")
+    return words
 
 
 def _numbers(text: str) -> list[int]:
-    words = _words(text)
-    if not words or not all(word.isdigit() for word in words):
+    words = [word.strip() for word in text.split(",")]
+    if not all(re.fullmatch("[0-9]+", word) for word in words):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 1,2,3")
-    return [int(word) for word in words]
+    numbers = list(dict.fromkeys(int(word) for word in words))
+    if max(numbers) > LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"{max(numbers)} is no seed; seeds go from 0 to {LARGEST_SEED}")
+    return numbers
 
 
 def _version() -> str:
@@ -172,6 +226,7 @@ def _sweep(options: argparse.Namespace) -> int:
     from fwp_lightning.tracking import describe_origin
 
     project = find_project()
+    prepare = _tie_to_imports(options.imports)
     runs = [
         run
         for name in options.experiments
@@ -183,11 +238,34 @@ def _sweep(options: argparse.Namespace) -> int:
             seeds=options.seeds,
         )
     ]
+    runs = prepare(runs)
     if options.dry_run:
-        show_plan(runs, project, options.jobs)
+        show_plan(runs, project, options.jobs, options.imports)
         return 0
     origin = describe_origin(project, options.typed, options.imports)
     return run_sweep(runs, project, origin, jobs=options.jobs, checkpoint_seconds=options.checkpoint_seconds)
+
+
+def _tie_to_imports(imports: Sequence[str]) -> Callable[[list[Run]], list[Run]]:
+    """Return what makes runs of the user's own parts new runs once an imported file has changed."""
+    from fwp_lightning.experiment import with_imports
+    from fwp_lightning.tracking import hashes_of
+
+    hashes = hashes_of(imports)
+    if not hashes:
+        return list
+    built_in = _built_in_parts()
+    return lambda runs: with_imports(runs, hashes, built_in)
+
+
+def _built_in_parts() -> set[str]:
+    """Return the suite's own rules and feature maps, without those that a user's file has registered already."""
+    from fwp_lightning.attention import catalog
+
+    registries = (("rules", "RULES"), ("feature_maps", "FEATURE_MAPS"))
+    live = [getattr(sys.modules.get(f"fwp_lightning.attention.{name}"), registry, {}) for name, registry in registries]
+    users = {name for parts in live for name in parts if not parts[name].__module__.startswith("fwp_lightning.")}
+    return {part.name for part in [*catalog.rules(), *catalog.feature_maps()]} - users
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -204,7 +282,13 @@ def _status(options: argparse.Namespace) -> int:
     if project.store_file is not None and not project.store_file.exists():
         print(f"no run is tracked yet: there is no {project.store_file}")
         return 0
-    lines = project_status(open_store(project), project, options.experiments or known)
+    lines = project_status(
+        open_store(project),
+        project,
+        options.experiments or known,
+        complain=None if options.experiments else _warn,
+        prepare=_tie_to_imports(options.imports),
+    )
     if lines:
         console().print(rows_table(lines))
     else:
@@ -218,28 +302,34 @@ def _export(options: argparse.Namespace) -> int:
     from fwp_lightning.tracking import deliver_journals, open_store
 
     project = find_project()
+    if project.store_file is not None and not project.store_file.exists():
+        print(f"nothing to export: no run is tracked yet, there is no {project.store_file}")
+        return 0
     client = open_store(project)
     deliver_journals(client, project)
     print(export(client, project).sentence())
     return 0
 
 
-def _report(options: argparse.Namespace) -> int:
-    from fwp_lightning.experiment import find_project
+def _warn(problem: object) -> None:
+    print(f"fwp: warning: {problem}", file=sys.stderr)
 
-    # reports lie beside the package in a source tree
-    sys.path.insert(0, str(find_project().root))
+
+def _report(arguments: Sequence[str]) -> int:
+    # reports lie beside the package
+    source = str(Path(__file__).resolve().parent.parent)
+    if source not in sys.path:
+        sys.path.append(source)
     try:
         reports = importlib.import_module("reports.__main__")
     except ModuleNotFoundError as error:
-        raise UserError(f"reports cannot be made: {error}; run this in the project's folder.") from error
-    return int(reports.main(options.arguments) or 0)
+        raise UserError(f"reports cannot be made: {error}; install the package anew.") from error
+    return int(reports.main(arguments) or 0)
 
 
-def _bench(options: argparse.Namespace) -> int:
-    _import_user_files(options.imports)
+def _bench(arguments: Sequence[str]) -> int:
     bench = importlib.import_module("fwp_lightning.bench")
-    return int(bench.main(options.arguments) or 0)
+    return int(bench.main(arguments) or 0)
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -255,7 +345,7 @@ def _list(options: argparse.Namespace) -> int:
         "paper_names": catalog.paper_names(),
     }
     listed = {name: [dataclasses.asdict(part) for part in found] for name, found in parts.items()}
-    listed["experiments"] = _list_experiments(find_project())
+    listed["experiments"] = _list_experiments(find_project(required=False))
     if options.json:
         print(json.dumps(listed, indent=1, ensure_ascii=False))
     else:
@@ -268,7 +358,11 @@ def _list_experiments(project: Any) -> list[dict[str, Any]]:
 
     found = []
     for name in experiment_names(project):
-        experiment = load_experiment(name, project)
+        try:
+            experiment = load_experiment(name, project)
+        except UserError as error:
+            _warn(error)
+            continue
         trained = experiment.parent if isinstance(experiment, View) else experiment
         found.append(
             {
@@ -299,7 +393,7 @@ def _availability(backend: dict[str, Any]) -> str:
 
 
 def _print_columns(title: str, rows: list[list[str]]) -> None:
-    print(f"{title}:")
+    print(f"{title}:{'' if rows else ' none'}")
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     for row in rows:
         print(f"  {'  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()}")

@@ -11,8 +11,8 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,20 @@ from fwp_lightning.registry import did_you_mean
 Config = dict[str, Any]
 
 PROFILES = ("smoke", "short", "paper")
+# of an experiment that declares none
+DEFAULT_PROTOCOL = "released"
 STATISTICS = ("last", "best")
+LARGEST_SEED = 2**32 - 1
+# seconds of training between two checkpoints of a run
+CHECKPOINT_SECONDS = 30.0
 BASE_KEYS = ("seed_everything", "trainer", "model", "data")
 EXPERIMENT_KEYS = (
     "title", "source", "base", "protocol", "seeds", "rows", "grid", "protocols", "profiles", "deviations", "report",
 )  # fmt: skip
 VIEW_KEYS = ("title", "source", "runs_of", "rows", "grid", "profiles", "deviations", "report")
 
-# settings that decide where things are written, what is shown or how data are fetched, never what is computed
+# settings that decide where things are written, what is shown, how data are fetched or in which order the same numbers
+# are added (backend, compute: they change rounding only), never what is computed
 NOT_IN_KEY = {
     "backend", "barebones", "compute", "default_root_dir", "enable_checkpointing", "enable_model_summary",
     "enable_progress_bar", "logger", "log_every_n_steps", "num_workers", "persistent_workers", "pin_memory",
@@ -80,17 +86,26 @@ class Project:
         return Path(uri.removeprefix("sqlite:///").split("?")[0]) if uri.startswith("sqlite:///") else None
 
 
-def find_project(start: Path | None = None) -> Project:
-    """Return the project around ``start``: FWP_ROOT, else the nearest parent with pyproject.toml and experiments/."""
+def find_project(start: Path | None = None, *, required: bool = True) -> Project:
+    """Return the project around ``start``: FWP_ROOT, else the nearest parent with pyproject.toml and experiments/.
+
+    Outside of a project that is an error, or ``start`` itself where none is required.
+    """
     if named := os.environ.get("FWP_ROOT"):
         root = Path(named).expanduser().resolve()
         if not root.is_dir():
             raise UserError(f"FWP_ROOT={named} is no folder; set it to a project root or unset it.")
+        if required and not (root / "experiments").is_dir():
+            raise UserError(f"FWP_ROOT={named} has no folder experiments; set it to a project root or unset it.")
         return Project(root)
     here = (start or Path.cwd()).resolve()
     for folder in (here, *here.parents):
         if (folder / "pyproject.toml").is_file() and (folder / "experiments").is_dir():
             return Project(folder)
+    if required:
+        raise UserError(
+            f"{here} lies in no project, a folder with pyproject.toml and experiments/; go to one or set FWP_ROOT."
+        )
     return Project(here)
 
 
@@ -99,7 +114,7 @@ class Protocol:
     """How an experiment is trained and evaluated, as the released code does it or as the text means it."""
 
     version: int = 1
-    statistic: str = "last"
+    statistic: str = STATISTICS[0]
     set: Config = field(default_factory=dict)
     rows: dict[str, Config] = field(default_factory=dict)
 
@@ -131,6 +146,7 @@ class Experiment:
     deviations: dict[str, str] = field(default_factory=dict)
     title: str = ""
     source: str = ""
+    base_file: str = ""
 
 
 @dataclass(frozen=True)
@@ -167,6 +183,10 @@ class Run:
     version: int
     config: Config
     deviations: str = ""
+    base_file: str = ""
+    """File of the base configuration, for complaints about it"""
+    imported: tuple[str, ...] = ()
+    """SHA-256 of the user's files that the run's rule or feature map comes from, see ``with_imports``"""
 
     @property
     def name(self) -> str:
@@ -175,9 +195,15 @@ class Run:
 
     @cached_property
     def run_key(self) -> str:
-        """Sixteen hex digits that name the run: equal exactly where nothing that can change its result differs."""
+        """Sixteen hex digits that name the run: its place, its configuration and the user's files it depends on.
+
+        Paths are left out, and so is what cannot change a result. ``backend`` and ``compute`` are left out too: they
+        choose between formulations of the same function, which differ in rounding only.
+        """
         place = [self.experiment, self.row, self.point, self.seed, self.profile, self.protocol, self.version]
-        return sha256_of([*place, without_paths(self.config)])[:16]
+        # runs of the suite's own parts share their keys, whatever else was imported beside them
+        files = [list(self.imported)] if self.imported else []
+        return sha256_of([*place, without_paths(self.config), *files])[:16]
 
     @cached_property
     def config_sha256(self) -> str:
@@ -234,6 +260,8 @@ def read_yaml(path: Path) -> Config:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader, see above
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8 (byte {error.start}); save it as UTF-8.") from error
     except UserError as error:
         raise UserError(f"{path}: {error}.") from error
     except yaml.YAMLError as error:
@@ -268,16 +296,23 @@ def load_experiment(name: str, project: Project) -> Experiment | View:
         raise UserError(f"no experiment files in {project.experiments}; run inside the project or set FWP_ROOT.")
     if name not in known:
         raise UserError(f"unknown experiment {name!r}. {did_you_mean(name, known)}")
-    path = project.experiments / f"{name}.yaml"
-    content = read_yaml(path)
-    reader = _Reader(f"experiments/{path.name}")
+    reader, content = _open(name, project)
     if "runs_of" not in content:
         return reader.experiment(name, content, project)
     reader.known_keys(content, VIEW_KEYS, "")
-    parent = load_experiment(reader.text(content, "runs_of"), project)
-    if isinstance(parent, View):
-        raise UserError(f"{reader.file}: runs_of: {parent.name} is a view itself; name {parent.parent.name}.")
-    return reader.view(name, content, parent)
+    parent = reader.text(content, "runs_of")
+    if parent not in known:
+        raise reader.fail("runs_of", f"unknown experiment {parent!r}. {did_you_mean(parent, known)}")
+    of_parent, content_of_parent = _open(parent, project)
+    if "runs_of" in content_of_parent:
+        what = "is this file" if parent == name else "is a view"
+        raise reader.fail("runs_of", f"{parent} {what} itself; name an experiment that has rows of its own.")
+    return reader.view(name, content, of_parent.experiment(parent, content_of_parent, project))
+
+
+def _open(name: str, project: Project) -> tuple[_Reader, Config]:
+    path = project.experiments / f"{name}.yaml"
+    return _Reader(f"experiments/{path.name}"), read_yaml(path)
 
 
 class _Reader:
@@ -312,9 +347,12 @@ class _Reader:
         value = content.get("seeds")
         if value is None:
             return None
-        numbers = isinstance(value, list) and all(type(seed) is int and seed >= 0 for seed in value)
+        numbers = isinstance(value, list) and all(type(seed) is int for seed in value)
         if not numbers or not value or len(set(value)) < len(value):
             raise self.fail(place, f"must be a list of different whole numbers, as in [1, 2, 3], not {value!r}.")
+        for seed in value:
+            if not 0 <= seed <= LARGEST_SEED:
+                raise self.fail(place, f"{seed} is no seed; seeds go from 0 to {LARGEST_SEED}.")
         return list(value)
 
     def grid(self, content: Mapping[str, Any], key: str, place: str = "") -> dict[str, list[Any]]:
@@ -354,7 +392,8 @@ class _Reader:
 
     def experiment(self, name: str, content: Config, project: Project) -> Experiment:
         self.known_keys(content, EXPERIMENT_KEYS, "")
-        base = read_base(project.experiments / self.text(content, "base"))
+        base_file = self.text(content, "base")
+        base = read_base(project.experiments / base_file)
         rows = {row: settings or {} for row, settings in self.mapping(content, "rows").items()}
         if not rows:
             raise self.fail("rows", "is missing; name at least one row.")
@@ -362,8 +401,8 @@ class _Reader:
             self.overrides(rows, row, base, "rows.")
         protocols = self.protocols(content, base, rows)
         profiles = self.profiles(content, base, rows)
-        default = self.text(content, "protocol", next(iter(protocols), "released"))
-        protocols = protocols or {default: Protocol()}
+        protocols = protocols or {DEFAULT_PROTOCOL: Protocol()}
+        default = self.text(content, "protocol", next(iter(protocols)))
         if default not in protocols:
             raise self.fail("protocol", f"unknown protocol {default!r}. {did_you_mean(default, list(protocols))}")
         grid = self.grid(content, "grid")
@@ -380,6 +419,7 @@ class _Reader:
             deviations=self.deviations(content, {*protocols, *profiles}),
             title=self.text(content, "title", ""),
             source=self.text(content, "source", ""),
+            base_file=f"experiments/{base_file}",
         )
 
     def protocols(self, content: Config, base: Config, rows: Config) -> dict[str, Protocol]:
@@ -388,11 +428,11 @@ class _Reader:
             place = f"protocols.{name}."
             settings = settings or {}
             self.known_keys(settings, ("version", "statistic", "set", "rows"), place[:-1])
-            version, statistic = settings.get("version", 1), settings.get("statistic", "last")
+            version, statistic = settings.get("version", 1), settings.get("statistic", STATISTICS[0])
             if type(version) is not int or version < 1:
                 raise self.fail(f"{place}version", f"must be a whole number from 1, not {version!r}.")
             if statistic not in STATISTICS:
-                raise self.fail(f"{place}statistic", f"must be last or best, not {statistic!r}.")
+                raise self.fail(f"{place}statistic", f"must be {' or '.join(STATISTICS)}, not {statistic!r}.")
             shared = self.overrides(settings, "set", base, place)
             by_row = self.row_overrides(settings, "rows", base, rows, place)
             found[name] = Protocol(version=version, statistic=statistic, set=shared, rows=by_row)
@@ -463,8 +503,9 @@ def read_base(path: Path) -> Config:
     for key in base:
         if key not in BASE_KEYS:
             raise UserError(f"{path}: unknown key {key!r}. {did_you_mean(str(key), list(BASE_KEYS))}")
-    if type(base["seed_everything"]) is not int:
-        raise UserError(f"{path}: seed_everything={base['seed_everything']!r} must be a whole number.")
+    seed = base["seed_everything"]
+    if type(seed) is not int or not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"{path}: seed_everything={seed!r} must be a whole number from 0 to {LARGEST_SEED}.")
     return base
 
 
@@ -523,7 +564,7 @@ def resolve_runs(
     if isinstance(experiment, View):
         return _runs_of_view(experiment, profile, protocol, rows, seeds)
     chosen = _profile(experiment, profile)
-    protocol = protocol or experiment.protocol
+    protocol = experiment.protocol if protocol is None else protocol
     if protocol not in experiment.protocols:
         known = did_you_mean(protocol, list(experiment.protocols))
         raise UserError(f"{experiment.name} has no protocol {protocol!r}. {known}")
@@ -575,7 +616,27 @@ def _resolve(experiment: Experiment, row: str, point: Config, seed: int, profile
         version=how.version,
         config=config,
         deviations=" ".join(sentence for sentence in sentences if sentence),
+        base_file=experiment.base_file,
     )
+
+
+def with_imports(runs: Iterable[Run], hashes: Sequence[str], built_in: Collection[str]) -> list[Run]:
+    """Return ``runs``, those whose rule or feature map is not ``built_in`` tied to the user's files of these hashes.
+
+    A run of a user's part is another run once the file has changed; runs of the suite's own parts stay what they are.
+    """
+    own = tuple(sorted(hashes))
+    return [replace(run, imported=own) if own and not parts_of(run.config) <= set(built_in) else run for run in runs]
+
+
+def parts_of(config: Any) -> set[str]:
+    """Return the rules and feature maps that a configuration names, wherever they stand in it."""
+    if isinstance(config, list):
+        return set().union(*map(parts_of, config))
+    if not isinstance(config, dict):
+        return set()
+    named = {item for key, item in config.items() if key in ("rule", "feature_map") and isinstance(item, str)}
+    return named.union(*map(parts_of, config.values()))
 
 
 def point_name(point: Mapping[str, Any]) -> str:

@@ -8,37 +8,28 @@ import math
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fwp_lightning.errors import UserError, sentence_of
+from fwp_lightning.errors import UserError
 from fwp_lightning.experiment import Project, Run, View, load_experiment, natural_key, resolve_runs
-from fwp_lightning.tracking import is_alive
+from fwp_lightning.results_csv import DONE, METRIC_COLUMNS, RUN_COLUMNS, STATUSES, Row, read_metrics, read_runs
+from fwp_lightning.tracking import is_alive, require_folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as MlflowRun
 
-Row = dict[str, str]
 Point = tuple[str, str, int, float]  # split, metric, step, value
 
-RUN_COLUMNS = (
-    "run_key", "experiment", "row", "point", "seed", "profile", "protocol", "status", "version", "rule", "feature_map",
-    "phi_norm", "attention_norm", "backend", "n_params", "state", "wall_seconds", "steps", "tokens", "peak_memory_mb",
-    "device", "precision", "git_commit", "git_dirty", "config_sha256", "data_sha256", "python", "torch", "lightning",
-    "command", "deviations",
-)  # fmt: skip
-METRIC_COLUMNS = ("run_key", "split", "metric", "step", "value")
 # columns that hold a metric of the MLflow run, the others are its tags
 MEASURED_COLUMNS = ("wall_seconds", "steps", "tokens", "peak_memory_mb")
 PLACE = ("experiment", "row", "point", "seed", "profile", "protocol")
-STATUSES = ("complete", "diverged", "failed")
 # derived from the curves, for MLflow's table
 SUMMARY_SPLITS = ("final", "best")
-# csv fields longer than this are a sign of a broken file
-csv.field_size_limit(1_000_000)
 
 
 @dataclass(frozen=True)
@@ -49,6 +40,7 @@ class StoredRun:
     run_key: str
     status: str
     started: int
+    ended: int
     tags: dict[str, str]
     metrics: dict[str, float]
 
@@ -82,7 +74,7 @@ def read_store(client: MlflowClient) -> list[StoredRun]:
         if not token:
             break
     by_key: dict[str, StoredRun] = {}
-    for run in sorted(found, key=lambda run: (run.outcome in ("complete", "diverged"), run.started)):
+    for run in sorted(found, key=lambda run: (run.outcome in DONE, run.started)):
         by_key[run.run_key] = run
     return sorted(by_key.values(), key=lambda run: run.started)
 
@@ -93,6 +85,7 @@ def _stored(run: MlflowRun) -> StoredRun:
         run_key=run.data.tags["run_key"],
         status=run.info.status,
         started=run.info.start_time or 0,
+        ended=run.info.end_time or 0,
         tags=run.data.tags,
         metrics=run.data.metrics,
     )
@@ -151,6 +144,15 @@ def _history_from_server(client: MlflowClient, run_ids: Sequence[str]) -> Iterat
 # --- export ----------------------------------------------------------------------------------------------------------
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number of things.
+
+    >>> counted(1, "run"), counted(2, "run")
+    ('1 run', '2 runs')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 @dataclass(frozen=True)
 class Export:
     """What an export did."""
@@ -164,7 +166,18 @@ class Export:
         """Return the export in one line."""
         replaced = f", {self.superseded} of a former configuration replaced" if self.superseded else ""
         change = "" if self.changed else "; nothing changed"
-        return f"exported {self.exported} runs to results/ ({self.total} in runs.csv{replaced}){change}"
+        return f"exported {counted(self.exported, 'run')} to results/ ({self.total} in runs.csv{replaced}){change}"
+
+
+def csv_files(project: Project) -> tuple[Path, Path]:
+    """Return the files of runs and of metrics."""
+    return project.results / "runs.csv", project.results / "metrics.csv"
+
+
+def read_results(project: Project) -> tuple[list[Row], list[Row]]:
+    """Return the checked rows of both CSV files."""
+    runs_file, metrics_file = csv_files(project)
+    return read_runs(runs_file), read_metrics(metrics_file)
 
 
 def export(client: MlflowClient, project: Project) -> Export:
@@ -173,8 +186,8 @@ def export(client: MlflowClient, project: Project) -> Export:
     Rows of runs that the store does not hold stay. A run replaces the rows of its own key, and those of an older run
     of the same experiment, row, point, seed, profile and protocol: a changed configuration is measured anew.
     """
-    runs_file, metrics_file = project.results / "runs.csv", project.results / "metrics.csv"
-    old_runs, old_metrics = read_runs(runs_file), read_metrics(metrics_file)
+    runs_file, metrics_file = csv_files(project)
+    old_runs, old_metrics = read_results(project)
     ended = _newest(run for run in read_store(client) if run.outcome in STATUSES and run.tags.get("profile"))
     rows = [_run_row(run) for run in ended]
     keys, places = {run.run_key for run in ended}, {run.place for run in ended}
@@ -205,7 +218,16 @@ def _newest(runs: Iterable[StoredRun]) -> list[StoredRun]:
 def _run_row(run: StoredRun) -> Row:
     row = {column: run.tags.get(column, "") for column in RUN_COLUMNS}
     row |= {column: format_number(run.metrics[column]) for column in MEASURED_COLUMNS if column in run.metrics}
-    return row | {"run_key": run.run_key, "status": run.outcome}
+    return row | {"run_key": run.run_key, "status": run.outcome, "finished": format_time(run.ended)}
+
+
+def format_time(milliseconds: int) -> str:
+    """Return a time as it stands in a CSV file, in UTC; empty if it is not known.
+
+    >>> format_time(1767225600999), format_time(0)
+    ('2026-01-01T00:00:00Z', '')
+    """
+    return datetime.fromtimestamp(milliseconds // 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if milliseconds else ""
 
 
 def _metric_rows(run_key: str, points: Iterable[Point]) -> Iterator[Row]:
@@ -238,53 +260,6 @@ def _metric_order(row: Row) -> tuple[str, str, str, int]:
 # --- the CSV files ---------------------------------------------------------------------------------------------------
 
 
-def read_runs(path: Path) -> list[Row]:
-    """Return the checked rows of a runs.csv, none where there is no file."""
-    rows = _read_csv(path, RUN_COLUMNS, ("run_key",))
-    for number, row in enumerate(rows, start=2):
-        if row["status"] not in STATUSES:
-            raise UserError(f"{path}, line {number}: status {row['status']!r} is none of {', '.join(STATUSES)}.")
-    return rows
-
-
-def read_metrics(path: Path) -> list[Row]:
-    """Return the checked rows of a metrics.csv, none where there is no file."""
-    rows = _read_csv(path, METRIC_COLUMNS, ("run_key", "split", "metric", "step"))
-    for number, row in enumerate(rows, start=2):
-        try:
-            int(row["step"])
-            float(row["value"])
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: {error}.") from error
-    return rows
-
-
-def _read_csv(path: Path, columns: Sequence[str], key: Sequence[str]) -> list[Row]:
-    if not path.exists():
-        return []
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file, strict=True)
-            header = reader.fieldnames or []
-            rows = list(reader)
-    except (OSError, csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {sentence_of(error)}.") from error
-    missing = [column for column in columns if column not in header]
-    extra = [column for column in header if column not in columns]
-    if missing or extra:
-        wrong = f"lacks the column {missing[0]!r}" if missing else f"has an unknown column {extra[0]!r}"
-        raise UserError(f"{path} {wrong}; results/README.md names the columns.")
-    seen: set[tuple[str, ...]] = set()
-    for number, row in enumerate(rows, start=2):
-        if None in row or None in row.values():
-            raise UserError(f"{path}, line {number}: {len(columns)} fields are expected; the line is damaged.")
-        name = tuple(row[column] for column in key)
-        if name in seen:
-            raise UserError(f"{path}, line {number}: {', '.join(key)} = {', '.join(name)} stands twice; keep one.")
-        seen.add(name)
-    return rows
-
-
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> bool:
     """Write rows through a temporary file; return whether the content is new."""
     buffer = io.StringIO()
@@ -292,11 +267,11 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> bool:
     writer.writeheader()
     writer.writerows(rows)
     content = buffer.getvalue().encode()
+    require_folder(path.parent)
     if path.exists() and path.read_bytes() == content:
         return False
     partial = ""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -349,9 +324,9 @@ def count_rows(runs: Iterable[Run], known: dict[str, str]) -> list[RowStatus]:
 
 def measured_seconds(client: MlflowClient | None, project: Project) -> list[Row]:
     """Return the ended runs of the store and of results/runs.csv that say how long they took."""
-    rows = read_runs(project.results / "runs.csv")
+    rows = read_runs(csv_files(project)[0])
     if client is not None:
-        rows += [_run_row(run) for run in read_store(client) if run.outcome in ("complete", "diverged")]
+        rows += [_run_row(run) for run in read_store(client) if run.outcome in DONE]
     return [row for row in rows if row["wall_seconds"]]
 
 
@@ -394,18 +369,35 @@ def _distance(one: str, other: str) -> float:
     return far
 
 
-def project_status(client: MlflowClient, project: Project, names: Iterable[str]) -> list[RowStatus]:
-    """Return how far the rows of experiments are, for every profile and protocol with at least one tracked run."""
+def project_status(
+    client: MlflowClient,
+    project: Project,
+    names: Iterable[str],
+    *,
+    complain: Callable[[UserError], None] | None = None,
+    prepare: Callable[[list[Run]], list[Run]] = list,
+) -> list[RowStatus]:
+    """Return how far the rows of experiments are, for every profile and protocol with at least one tracked run.
+
+    An experiment that cannot be read is told to ``complain`` and left out. ``prepare`` is applied to planned runs.
+    """
     stored = read_store(client)
     known = {run.run_key: run.outcome for run in stored}
     tracked = {(run.tags.get("experiment"), run.tags.get("profile"), run.tags.get("protocol")) for run in stored}
     lines = []
     for name in names:
-        experiment = load_experiment(name, project)
+        try:
+            experiment = load_experiment(name, project)
+        except UserError as error:
+            if complain is None:
+                raise
+            complain(error)
+            continue
         if isinstance(experiment, View):
             continue
         for profile in experiment.profiles:
             for protocol in experiment.protocols:
                 if (name, profile, protocol) in tracked:
-                    lines += count_rows(resolve_runs(experiment, profile=profile, protocol=protocol), known)
+                    runs = resolve_runs(experiment, profile=profile, protocol=protocol)
+                    lines += count_rows(prepare(runs), known)
     return lines

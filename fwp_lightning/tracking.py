@@ -6,6 +6,9 @@ be reached they wait in ``runs/<run_key>/journal.jsonl`` and training goes on. T
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -14,7 +17,7 @@ import shlex
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -65,6 +68,7 @@ def open_store(project: Project) -> MlflowClient:
     file = project.store_file
     if file is not None:
         _require_writable(file)
+    is_new = file is not None and not file.exists()
     try:
         # two processes that create the tables of one database at once break it
         with _store_lock(file):
@@ -75,7 +79,12 @@ def open_store(project: Project) -> MlflowClient:
             f"{error.lock_file} has been locked for {LOCK_SECONDS} s by another process; end it."
         ) from error
     except (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
-        raise UserError(_store_sentence(project, error)) from error
+        if is_new and file is not None:
+            # half a store would be refused as damaged when there is room again
+            for part in (file, Path(f"{file}-journal")):
+                with contextlib.suppress(OSError):
+                    part.unlink(missing_ok=True)
+        raise UserError(store_sentence(project, error)) from error
     return client
 
 
@@ -94,12 +103,35 @@ def _require_writable(file: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"the folder of the MLflow store cannot be made: {sentence_of(error)}.") from error
+    if file.is_dir():
+        raise UserError(f"{file} is a folder where the MLflow store must be; move it away or set MLFLOW_TRACKING_URI.")
     for path in (folder, file):
         if path.exists() and not os.access(path, os.W_OK):
             raise UserError(f"{path} is read-only; make it writable or set MLFLOW_TRACKING_URI to another store.")
 
 
-def _store_sentence(project: Project, error: Exception) -> str:
+def require_folder(folder: Path) -> None:
+    """Make a folder for output if need be; one that cannot be made or written is one sentence."""
+    probe = folder / f".probe{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"\0" * 4096)
+        probe.unlink()
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{folder} is a file where a folder must be; move it away.") from error
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+        raise UserError(f"{folder} cannot be written: {sentence_of(error)}; make room or change its rights.") from error
+
+
+def is_of_store(error: BaseException) -> bool:
+    """Return whether an error was raised by MLflow or by its database."""
+    return type(error).__module__.split(".")[0] in ("mlflow", "sqlalchemy", "sqlite3")
+
+
+def store_sentence(project: Project, error: Exception) -> str:
+    """Return what is wrong with the store, and what to do, in one sentence."""
     text = str(error)
     if "database schema" in text:
         file, version = project.store_file or project.store_uri, metadata.version("mlflow")
@@ -109,6 +141,10 @@ def _store_sentence(project: Project, error: Exception) -> str:
         )
     if "not a database" in text:
         return f"{project.store_file} is not a SQLite database; move it away or set MLFLOW_TRACKING_URI."
+    if "malformed" in text and project.store_file:
+        return f"{project.store_file} is damaged; put a copy back or move it away, then run the sweep again."
+    if project.store_uri.startswith("http") and ("Max retries" in text or "API request" in text):
+        return f"the MLflow server {project.store_uri} does not answer; start it or unset MLFLOW_TRACKING_URI."
     if "disk is full" in text or "No space left" in text:
         return f"the disk of the MLflow store {project.store_uri} is full; free some space."
     first = " ".join(text.split("\n")[0].split())
@@ -141,10 +177,31 @@ class Origin:
     git_dirty: str = ""
     git_diff: str = ""
     imports: tuple[str, ...] = ()
+    import_hashes: tuple[str, ...] = ()
     environment: str = "{}"
 
 
-def describe_origin(project: Project, arguments: Iterable[str], imports: Iterable[str] = ()) -> Origin:
+def hashes_of(imports: Iterable[str]) -> tuple[str, ...]:
+    """Return the SHA-256 of each imported file or module; what these import in turn is not followed."""
+    return tuple(hashlib.sha256(_source_file(name).read_bytes()).hexdigest() for name in imports)
+
+
+def _source_file(name: str) -> Path:
+    path = Path(name)
+    if path.suffix != ".py" and not path.exists():
+        try:
+            spec = importlib.util.find_spec(name)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"--import {name}: {sentence_of(error)}") from error
+        if spec is None or not spec.origin:
+            raise UserError(f"--import {name}: there is no such file or module.")
+        path = Path(spec.origin)
+    if not path.is_file():
+        raise UserError(f"--import {name}: there is no such file.")
+    return path
+
+
+def describe_origin(project: Project, arguments: Iterable[str], imports: Sequence[str] = ()) -> Origin:
     """Return the command as typed, the state of the source tree and the installed packages."""
     commit = _git(project.root, "rev-parse", "HEAD").strip()
     # results that runs write are no change of the source
@@ -157,6 +214,7 @@ def describe_origin(project: Project, arguments: Iterable[str], imports: Iterabl
         git_dirty=str(bool(changed.strip() or fresh.strip())).lower() if commit else "",
         git_diff=_git(project.root, "diff", "HEAD", *tracked)[:5_000_000] if commit else "",
         imports=tuple(imports),
+        import_hashes=hashes_of(imports),
         environment=json.dumps(describe_environment(), indent=1, sort_keys=True),
     )
 
@@ -285,6 +343,7 @@ def tags_of(run: Run, origin: Origin) -> dict[str, str]:
         "lightning": metadata.version("lightning"),
         "fwp.version": _own_version(),
         "fwp.imports": ", ".join(Path(name).name for name in origin.imports),
+        "fwp.imports_sha256": ", ".join(origin.import_hashes),
     }
 
 
@@ -442,7 +501,7 @@ class RunRecorder:
     def finish(self, status: Status, tags: Mapping[str, str] | None = None) -> None:
         """Deliver everything, then the tags (``complete`` among them) last, and close the run."""
         self.flush(insist=True)
-        self._queue.append({"op": "status", "status": status})
+        self._queue.append({"op": "status", "status": status, "at": int(time.time() * 1000)})
         self.set_tags(tags or {})
         # a store that refused a moment ago is not waited for a second time
         self.flush(insist=not self.journal.exists())
@@ -503,6 +562,7 @@ def deliver(client: MlflowClient, run_id: str, operations: Iterable[Operation]) 
     params: dict[str, str] = {}
     tags: dict[str, str] = {}
     status: Status | None = None
+    ended: int | None = None
     for operation in operations:
         match operation["op"]:
             case "points":
@@ -514,7 +574,8 @@ def deliver(client: MlflowClient, run_id: str, operations: Iterable[Operation]) 
             case "text":
                 client.log_text(run_id, operation["text"], operation["name"])
             case "status":
-                status = operation["status"]
+                # the run ended then, however late the store hears of it
+                status, ended = operation["status"], operation.get("at")
     if status == "RUNNING":
         client.update_run(run_id, status="RUNNING")
     for batch in _batches(points, BATCH_POINTS):
@@ -522,7 +583,7 @@ def deliver(client: MlflowClient, run_id: str, operations: Iterable[Operation]) 
     for batch in _batches([Param(key, value) for key, value in params.items()], BATCH_PARAMS):
         client.log_batch(run_id, params=batch)
     if status not in (None, "RUNNING"):
-        client.set_terminated(run_id, status)
+        client.set_terminated(run_id, status, end_time=ended)
     for batch in _batches([RunTag(key, value) for key, value in tags.items()], BATCH_TAGS):
         client.log_batch(run_id, tags=batch)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from fwp_lightning.errors import UserError
+from fwp_lightning.errors import UserError, sentence_of
 from fwp_lightning.experiment import Project, find_project
 from fwp_lightning.registry import did_you_mean
 from reports import figures, page, readme, tables
@@ -20,7 +21,7 @@ PROFILES = ("paper", "short", "smoke")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draws what is asked for; a mistake is one sentence and exit code 1."""
+    """Draws what is asked for; a mistake is one sentence and exit code 2."""
     options = _parser().parse_args(arguments)
     try:
         project = Project(options.root.resolve()) if options.root else find_project()
@@ -30,10 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.check:
             raise UserError("--check belongs to `python -m reports readme`.")
-        return draw(project, results, options.names)
+        with _writing(project.root / "reports" / "output"):
+            return draw(project, results, options.names)
     except UserError as error:
         print(f"reports: {error}", file=sys.stderr)
-        return 1
+        return 2
 
 
 def draw(project: Project, results: Results, names: Sequence[str]) -> int:
@@ -61,7 +63,7 @@ def draw(project: Project, results: Results, names: Sequence[str]) -> int:
             print(
                 f"reports: no runs for {name} in results/runs.csv; run `make reproduce-{name}` first.", file=sys.stderr
             )
-    return 1 if set(names) & set(empty) else 0
+    return 2 if set(names) & set(empty) else 0
 
 
 def selections(project: Project, results: Results, names: Sequence[str]) -> list[Selection]:
@@ -70,7 +72,10 @@ def selections(project: Project, results: Results, names: Sequence[str]) -> list
     for name in names:
         parent = runs_of(project, name)
         places = {(run.profile, run.protocol) for run in results.runs if run.experiment == parent}
-        plans = [load_plan(project, name, profile, protocol) for profile, protocol in places]
+        try:
+            plans = [load_plan(project, name, profile, protocol) for profile, protocol in sorted(places)]
+        except UserError as error:
+            raise UserError(f"{name} cannot be drawn from results/runs.csv: {error}") from error
         found += [selection for plan in plans if (selection := select(plan, results)).runs]
     order = {name: number for number, name in enumerate(names)}
     return sorted(
@@ -82,6 +87,14 @@ def selections(project: Project, results: Results, names: Sequence[str]) -> list
             order[selection.plan.name],
         ),
     )
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"reports cannot be written below {output}: {sentence_of(error)}.") from error
 
 
 def _save(output: Path, entry: page.Entry, root: Path) -> None:

@@ -20,7 +20,7 @@ from matplotlib.ticker import FixedLocator, LogLocator, MultipleLocator, NullFor
 
 from reports import wording
 from reports.palette import DARK, INK, MUTED, PAPER, Look, looks_of
-from reports.plan import Axis
+from reports.plan import Plan
 from reports.selection import Cell, Selection, Summary, diverged, end_of
 
 # inches
@@ -30,9 +30,15 @@ BELOW_AXES, LEGEND_LINE, FOOTER = 0.52, 0.185, 0.36
 TITLE_LINE, SUBTITLE = 0.2, 0.42
 LEGEND_COLUMNS = 3
 TITLE_LENGTH = 64
+DOTS = (0, (1.5, 2))
 FOOTER_LENGTH = 130
 MOST_TICKS = 12
+# filled for ours, hollow for the authors', as all markers
 UP, DOWN, ONWARD = "$\u2191$", "$\u2193$", "$\u2192$"
+HOLLOW_UP, HOLLOW_DOWN, HOLLOW_ONWARD = "$\u21e7$", "$\u21e9$", "$\u21e8$"
+ARROWS = ((UP, DOWN, ONWARD), (HOLLOW_UP, HOLLOW_DOWN, HOLLOW_ONWARD))
+CROSS, HOLLOW_CROSS = "x", "$\u2297$"
+AUTHORS = "authors' released run"
 Points = list[tuple[float, float]]
 
 
@@ -47,7 +53,7 @@ def draw(selection: Selection, cells: Sequence[Cell]) -> Figure:
         content = _capacity_plot if plan.spec.kind == "capacity_plot" else _learning_curves
         marks = content(axes, selection, shown, looks)
         title = _balanced(plan.title)
-        handles = _handles(plan.rows, looks, marks)
+        handles = _handles(plan, looks, marks)
         top = len(title) * TITLE_LINE + SUBTITLE
         legend = -(-len(handles) // LEGEND_COLUMNS) * LEGEND_LINE
         bottom = BELOW_AXES + legend + FOOTER
@@ -108,20 +114,20 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _capacity_plot(axes: Axes, selection: Selection, cells: Sequence[Cell], looks: dict[str, Look]) -> set[str]:
+def _capacity_plot(axes: Axes, selection: Selection, cells: Sequence[Cell], looks: dict[str, Look]) -> dict[str, str]:
     plan = selection.plan
     numbers = sorted({_number_of(point) for point in plan.points})
     margin = 0.03 * (numbers[-1] - numbers[0]) or 0.5
-    _prepare(axes, plan.spec.x, plan.spec.y, (numbers[0] - margin, numbers[-1] + margin))
+    _prepare(axes, plan, (numbers[0] - margin, numbers[-1] + margin))
     if len(numbers) <= MOST_TICKS:
         axes.xaxis.set_major_locator(FixedLocator(numbers))
-    brush = _Brush(axes)
+    brush = _Brush(axes, "beyond the axes")
     for layer, row in enumerate(reversed(plan.rows)):
         mine = sorted((cell for cell in cells if cell.row == row), key=lambda cell: _number_of(cell.point))
         found = [cell for cell in mine if plan.statistic in cell.released]
         theirs = [(_number_of(cell.point), cell.released[plan.statistic].value) for cell in found]
         if theirs:
-            axes.plot(*_columns(theirs), color=MUTED, linewidth=0.5, alpha=0.7, zorder=2)
+            axes.plot(*_columns(theirs), color=looks[row].colour, linewidth=0.7, linestyle=DOTS, alpha=0.6, zorder=2)
             brush.markers(theirs, looks[row], hollow=True, zorder=3 + 0.01 * layer)
         ours = [(_number_of(cell.point), cell.ours[plan.statistic].mean) for cell in mine]
         axes.plot(*_columns(ours), color=looks[row].colour, linewidth=0.9, zorder=4 + 0.01 * layer)
@@ -146,12 +152,12 @@ def _band(axes: Axes, cells: Sequence[Cell], statistic: str, colour: str) -> Non
         axes.fill_between(numbers, lows, highs, color=colour, alpha=0.16, linewidth=0, zorder=1)
 
 
-def _learning_curves(axes: Axes, selection: Selection, cells: Sequence[Cell], looks: dict[str, Look]) -> set[str]:
+def _learning_curves(axes: Axes, selection: Selection, cells: Sequence[Cell], looks: dict[str, Look]) -> dict[str, str]:
     plan = selection.plan
     metric = plan.spec.metrics[0]
     last_steps = [run.curves[metric.name].steps[-1] for run in selection.runs if metric.name in run.curves]
-    _prepare(axes, plan.spec.x, plan.spec.y, (0, 1.03 * max(last_steps, default=1)))
-    brush = _Brush(axes)
+    _prepare(axes, plan, (0, 1.03 * max(last_steps, default=1)))
+    brush = _Brush(axes, "ends later")
     for layer, cell in enumerate(reversed(cells)):
         runs = [run for run in selection.runs_of(cell.row, cell.point) if metric.name in run.curves]
         look = looks[cell.row]
@@ -171,48 +177,55 @@ def _learning_curves(axes: Axes, selection: Selection, cells: Sequence[Cell], lo
 class _Brush:
     """Draws markers: an arrow at the edge for what lies beyond it, a cross at the top for what diverged."""
 
-    def __init__(self, axes: Axes) -> None:
+    def __init__(self, axes: Axes, beyond_right: str) -> None:
         self.axes = axes
-        self.marks: set[str] = set()
-        self.levels: dict[Look, int] = {}
+        self.beyond_right = beyond_right
+        """what it means that a point lies beyond the right edge"""
+        self.marks: dict[str, str] = {}
+        """the marks that were drawn, by their words in the legend"""
+        self.levels: dict[tuple[Look, bool], int] = {}
 
     def markers(self, points: Points, look: Look, *, hollow: bool, zorder: float) -> None:
         """Draws the points of one method; hollow ones are the authors'."""
         groups: dict[str, Points] = {}
         for x, y in points:
-            marker, place = self._placed(x, y, look)
+            marker, place = self._placed(x, y, look, hollow)
             groups.setdefault(marker, []).append(place)
-        if hollow and groups:
-            self.marks.add("released")
         for marker, places in groups.items():
             self._draw(places, marker, look, hollow, zorder)
 
-    def _placed(self, x: float, y: float, look: Look) -> tuple[str, tuple[float, float]]:
+    def _placed(self, x: float, y: float, look: Look, hollow: bool) -> tuple[str, tuple[float, float]]:
         right, (low, high) = self.axes.get_xlim()[1], self.axes.get_ylim()
+        up, down, onward = ARROWS[hollow]
         if math.isnan(y):
-            self.marks.add("diverged")
             # methods that diverge at the same place stand below one another
-            level = self.levels.setdefault(look, len(self.levels))
-            return "x", (min(x, right), 1 - 0.022 * level)
+            level = self.levels.setdefault((look, hollow), len(self.levels))
+            cross = HOLLOW_CROSS if hollow else CROSS
+            return self._named(cross, "diverged (NaN)", hollow), (min(x, right), 1 - 0.026 * level)
         inside = min(max(y, low), high)
         if x > right:
-            self.marks.add("beyond")
-            return ONWARD, (right, inside)
+            return self._named(onward, self.beyond_right, hollow), (right, inside)
         # a loss of 0.5003 is 0.5 to the reader's eye
         if abs(y - inside) > 0.01 * (high - low) or (y < low and self.axes.get_yscale() == "log"):
-            self.marks.add("beyond")
-            return (UP if y > high else DOWN), (x, inside)
+            return self._named(up if y > high else down, "beyond the axes", hollow), (x, inside)
+        if hollow:
+            self.marks.setdefault(AUTHORS, "o")
         return look.marker, (x, inside)
 
+    def _named(self, marker: str, words: str, hollow: bool) -> str:
+        self.marks.setdefault(f"authors' run {words}" if hollow else words, marker)
+        return marker
+
     def _draw(self, places: Points, marker: str, look: Look, hollow: bool, zorder: float) -> None:
-        across = self.axes.get_xaxis_transform() if marker == "x" else self.axes.transData
+        crossed = marker in (CROSS, HOLLOW_CROSS)
+        across = self.axes.get_xaxis_transform() if crossed else self.axes.transData
         line = Line2D(*_columns(places), linestyle="none", transform=across, clip_on=False, zorder=zorder)
         line.set_marker(marker)
         line.set_color(look.colour)
-        if marker in (UP, DOWN, ONWARD):
-            line.set(markersize=7, markeredgewidth=0.2, alpha=0.6 if hollow else 1)
-        elif marker == "x":
-            line.set(markersize=6 if hollow else 4, markeredgewidth=0.5 if hollow else 1.2)
+        if marker.startswith("$"):
+            line.set(markersize=7, markeredgewidth=0.2)
+        elif marker == CROSS:
+            line.set(markersize=4, markeredgewidth=1.2)
         elif hollow:
             line.set(markersize=5, markeredgewidth=0.7, markerfacecolor=PAPER)
         else:
@@ -220,14 +233,15 @@ class _Brush:
         self.axes.add_line(line)
 
 
-def _prepare(axes: Axes, x: Axis, y: Axis, x_limits: tuple[float, float]) -> None:
+def _prepare(axes: Axes, plan: Plan, x_limits: tuple[float, float]) -> None:
+    x, y = plan.spec.x, plan.spec.y
     axes.set_xscale(x.scale)
     axes.set_yscale(y.scale)
     axes.set_xlim(*(x.limits or x_limits))
     if y.limits:
         axes.set_ylim(*y.limits)
     axes.set_xlabel(x.label)
-    axes.set_ylabel(y.label)
+    axes.set_ylabel(wording.value_label(plan))
     if y.scale == "log":
         axes.yaxis.set_major_locator(LogLocator(numticks=12))
         axes.yaxis.set_minor_locator(LogLocator(subs=range(2, 10), numticks=12))
@@ -236,19 +250,24 @@ def _prepare(axes: Axes, x: Axis, y: Axis, x_limits: tuple[float, float]) -> Non
         axes.yaxis.set_major_locator(MultipleLocator(0.1))
 
 
-def _handles(rows: Sequence[str], looks: dict[str, Look], marks: set[str]) -> list[Line2D]:
+def _handles(plan: Plan, looks: dict[str, Look], marks: dict[str, str]) -> list[Line2D]:
     handles = [
-        Line2D([], [], color=looks[row].colour, marker=looks[row].marker, markersize=4.2, label=row) for row in rows
+        Line2D([], [], color=looks[row].colour, marker=looks[row].marker, markersize=4.2, label=row)
+        for row in plan.rows
     ]
-    if "released" in marks:
-        line = Line2D([], [], color=MUTED, linewidth=0.5, marker="o", label="authors' released run")
-        line.set(markersize=5, markerfacecolor=PAPER, markeredgecolor=INK, markeredgewidth=0.7)
-        handles.append(line)
-    if "diverged" in marks:
-        handles.append(Line2D([], [], color=INK, linestyle="none", marker="x", label="diverged (NaN)"))
-    if "beyond" in marks:
-        line = Line2D([], [], color=INK, linestyle="none", label="beyond the axes")
-        line.set(marker=UP, markersize=7, markeredgewidth=0.2)
+    # the methods, then the authors' run, then what could not be drawn in its place
+    for words in sorted(marks, key=lambda words: (words != AUTHORS, words.startswith("authors'"), words)):
+        line = Line2D([], [], color=INK, linestyle="none", marker=marks[words], label=words)
+        if words == AUTHORS:
+            line.set(markersize=5, markerfacecolor=PAPER, markeredgewidth=0.7)
+            if plan.spec.kind == "capacity_plot":
+                line.set(color=MUTED, linewidth=0.7, linestyle=DOTS, markeredgecolor=INK)
+            else:
+                line.set_label("authors' run, last evaluation")
+        elif marks[words] == CROSS:
+            line.set(markersize=4, markeredgewidth=1.2)
+        else:
+            line.set(markersize=7, markeredgewidth=0.2)
         handles.append(line)
     return handles
 
@@ -256,7 +275,7 @@ def _handles(rows: Sequence[str], looks: dict[str, Look], marks: set[str]) -> li
 def _texts(figure: Figure, selection: Selection, title: str, height: float) -> None:
     left = LEFT / WIDTH
     n_lines = title.count("\n") + 1
-    subtitle = " · ".join(part for part in (wording.setting(selection), selection.plan.source) if part)
+    subtitle = " · ".join(part for part in (wording.place(selection.plan), wording.setting(selection)) if part)
     figure.text(left, 1 - 0.1 / height, title, va="top", fontsize=10.5, fontweight="bold", linespacing=1.25)
     figure.text(left, 1 - (0.1 + n_lines * TITLE_LINE) / height, subtitle, va="top", fontsize=8, color=MUTED)
     footer = "\n".join(textwrap.wrap(wording.provenance(selection), FOOTER_LENGTH))

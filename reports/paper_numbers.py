@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fwp_lightning.errors import UserError
+from fwp_lightning.errors import UserError, sentence_of
 
 COLUMNS = ("experiment", "row", "point", "split", "metric", "value", "source")
 RELEASED_COLUMNS = ("setting", "phi", "rule", "S", "last_eval_loss", "last_step", "best_eval_loss", "best_step")
@@ -148,6 +148,15 @@ def released_lines(path: Path) -> Iterator[tuple[str, ...]]:
                 yield experiment, row, point, "valid", metric, log[column], source
 
 
+def write(path: Path, lines: Sequence[Sequence[str]]) -> None:
+    """Writes paper.csv."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes results/paper.csv and says how many numbers it holds."""
     parser = argparse.ArgumentParser(prog="python -m reports.paper_numbers", description=__doc__.splitlines()[0])
@@ -156,14 +165,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         lines = list(table_lines()) + list(released_lines(options.released_runs))
-    except (UserError, FileNotFoundError) as error:
-        print(f"paper_numbers: {error}", file=sys.stderr)
-        return 1
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(lines)
+        write(options.out, lines)
+    except (UserError, OSError, UnicodeDecodeError, csv.Error) as error:
+        print(f"paper_numbers: {sentence_of(error)}", file=sys.stderr)
+        return 2
     print(f"{options.out}: {len(lines)} numbers")
     return 0
 

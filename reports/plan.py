@@ -10,6 +10,8 @@ report:
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +29,8 @@ from fwp_lightning.experiment import (
 from fwp_lightning.registry import did_you_mean
 
 KINDS = ("capacity_plot", "learning_curves", "table")
+ONE_NUMBER = re.compile(r"[^=,]+=[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+"""a point of one grid key that has a number"""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,9 @@ class Plan:
     run_keys: frozenset[str]
     """the keys of the planned runs; a run of theirs was made with the settings that the experiment file has now"""
     deviations: tuple[str, ...]
+    """what departs from the paper; a view may have its own words"""
+    stored_deviations: str
+    """what the sweep stores with a run of this plan: the words of the experiment that trains it"""
     spec: ReportSpec
 
     @property
@@ -121,10 +128,12 @@ def load_plan(project: Project, name: str, profile: str, protocol: str | None = 
     trained = experiment.parent if isinstance(experiment, View) else experiment
     protocol = protocol or trained.protocol
     runs = resolve_runs(experiment, profile=profile, protocol=protocol)
+    spec = read_spec(name, read_yaml(project.experiments / f"{name}.yaml").get("report"))
+    check_points(f"experiments/{name}.yaml, report", spec, (run.point for run in runs))
     seeds: dict[tuple[str, str], tuple[int, ...]] = {}
     for run in runs:
         seeds[run.row, run.point] = (*seeds.get((run.row, run.point), ()), run.seed)
-    sentences = (trained.deviations.get(key, "") for key in (profile, protocol))
+    words = trained.deviations | experiment.deviations
     return Plan(
         name=name,
         runs_of=trained.name,
@@ -139,9 +148,40 @@ def load_plan(project: Project, name: str, profile: str, protocol: str | None = 
         version=runs[0].version,
         seeds=seeds,
         run_keys=frozenset(run.run_key for run in runs),
-        deviations=tuple(sentence for sentence in sentences if sentence),
-        spec=read_spec(name, read_yaml(project.experiments / f"{name}.yaml").get("report")),
+        deviations=tuple(sentence for key in (profile, protocol) if (sentence := words.get(key))),
+        stored_deviations=runs[0].deviations,
+        spec=spec,
     )
+
+
+def check_report_section(experiment_name: str, project: Project) -> None:
+    """Refuses a `report:` section that could not be drawn; an experiment without one is fine. Draws nothing."""
+    section = read_yaml(project.experiments / f"{experiment_name}.yaml")
+    if "report" not in section:
+        return
+    spec = read_spec(experiment_name, section["report"])
+    experiment = load_experiment(experiment_name, project)
+    trained = experiment.parent if isinstance(experiment, View) else experiment
+    where = f"experiments/{experiment_name}.yaml, report"
+    points = dict.fromkeys(
+        run.point for profile in trained.profiles for run in resolve_runs(experiment, profile=profile)
+    )
+    check_points(where, spec, tuple(points))
+    for point in spec.readme:
+        if point not in points:
+            raise UserError(f"{where}: readme names the point {point!r}. {did_you_mean(point, list(points))}")
+
+
+def check_points(where: str, spec: ReportSpec, points: Iterable[str]) -> None:
+    """Refuses a capacity plot over anything but the numbers of one grid key."""
+    if spec.kind != "capacity_plot":
+        return
+    for point in points:
+        if not ONE_NUMBER.fullmatch(point):
+            raise UserError(
+                f"{where}: a capacity_plot needs a grid of one key with numbers, and there is the point {point!r}; "
+                "choose the kind table or learning_curves."
+            )
 
 
 def read_spec(name: str, section: Any) -> ReportSpec:
@@ -150,46 +190,63 @@ def read_spec(name: str, section: Any) -> ReportSpec:
     if not isinstance(section, Mapping):
         raise UserError(f"experiments/{name}.yaml has no `report:` section; give it one with a kind and metrics.")
     _check_keys(where, section, ("kind", "metrics", "x", "y", "readme"))
-    if section.get("kind") not in KINDS:
-        raise UserError(
-            f"{where}: kind is {section.get('kind')!r}; {did_you_mean(str(section.get('kind')), list(KINDS))}"
-        )
-    metrics = tuple(_metric(where, entry) for entry in section.get("metrics") or ())
+    kind = section.get("kind")
+    if kind not in KINDS:
+        raise UserError(f"{where}: kind is {kind!r}; {did_you_mean(str(kind), list(KINDS))}")
+    metrics = tuple(_metric(f"{where}.metrics", entry) for entry in _list(where, section, "metrics"))
     if not metrics:
         raise UserError(f"{where}: metrics is empty; name at least one, as in [valid/loss].")
     x, y = (_axis(f"{where}.{key}", section.get(key) or {}) for key in "xy")
-    return ReportSpec(section["kind"], metrics, x, y, tuple(section.get("readme") or ()))
+    readme = _list(where, section, "readme")
+    if wrong := [point for point in readme if not isinstance(point, str)]:
+        raise UserError(f"{where}: readme names {wrong[0]!r}; write a point as in n_keys=60.")
+    return ReportSpec(kind, metrics, x, y, tuple(readme))
+
+
+def _list(where: str, section: Mapping[str, Any], key: str) -> list[Any]:
+    found = section.get(key) or []
+    if not isinstance(found, list):
+        raise UserError(f"{where}: {key} is {found!r}; give a list, as in [{found}].")
+    return found
 
 
 def _metric(where: str, entry: Any) -> Metric:
-    if isinstance(entry, str):
-        return Metric(entry, entry.replace("/", " "))
-    _check_keys(f"{where}.metrics", entry, ("name", "label", "better", "digits"))
-    better = entry.get("better", "lower")
+    entry = {"name": entry} if isinstance(entry, str) else entry
+    _check_keys(where, entry, ("name", "label", "better", "digits"))
+    name, better, digits = entry.get("name"), entry.get("better", "lower"), entry.get("digits")
+    if not isinstance(name, str) or not all(name.partition("/")):
+        raise UserError(f"{where}: name is {name!r}; write split and metric, as in valid/loss.")
     if better not in ("lower", "higher"):
-        raise UserError(f"{where}.metrics: better is {better!r}; choose lower or higher.")
-    return Metric(entry["name"], entry.get("label", entry["name"].replace("/", " ")), better, entry.get("digits"))
+        raise UserError(f"{where}: better is {better!r}; choose lower or higher.")
+    if digits is not None and (not isinstance(digits, int) or isinstance(digits, bool) or not 0 <= digits <= 9):
+        raise UserError(f"{where}: digits is {digits!r}; give a whole number from 0 to 9.")
+    return Metric(name, str(entry.get("label", name.replace("/", " "))), better, digits)
 
 
-def _axis(where: str, section: Mapping[str, Any]) -> Axis:
+def _axis(where: str, section: Any) -> Axis:
     _check_keys(where, section, ("label", "scale", "limits"))
-    scale = section.get("scale", "linear")
+    label, scale, limits = str(section.get("label", "")), section.get("scale", "linear"), section.get("limits")
     if scale not in ("linear", "log"):
         raise UserError(f"{where}: scale is {scale!r}; choose linear or log.")
-    limits = section.get("limits")
     if limits is None:
-        return Axis(section.get("label", ""), scale)
-    if not isinstance(limits, list) or len(limits) != 2 or not all(isinstance(limit, int | float) for limit in limits):
+        return Axis(label, scale)
+    if not isinstance(limits, list) or len(limits) != 2 or not all(_is_number(limit) for limit in limits):
         raise UserError(f"{where}: limits are {limits!r}; give two numbers, as in [0, 0.5].")
     low, high = (float(limit) for limit in limits)
     if low >= high or (scale == "log" and low <= 0):
         raise UserError(
             f"{where}: limits are {limits}; the first must be below the second, and above 0 on a log scale."
         )
-    return Axis(section.get("label", ""), scale, (low, high))
+    return Axis(label, scale, (low, high))
 
 
-def _check_keys(where: str, section: Mapping[str, Any], known: Iterable[str]) -> None:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_keys(where: str, section: Any, known: Iterable[str]) -> None:
+    if not isinstance(section, Mapping):
+        raise UserError(f"{where} is {section!r}; give it the keys {', '.join(known)}.")
     for key in section:
         if key not in known:
             raise UserError(f"{where} has the unknown key {key!r}. {did_you_mean(str(key), list(known))}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fwp_lightning.errors import UserError
+from fwp_lightning.errors import UserError, sentence_of
 from fwp_lightning.experiment import Experiment, Project, View, load_experiment
 from reports import wording
 from reports.plan import Plan, load_plan, report_names
@@ -18,9 +18,11 @@ BEST_FIRST = ("paper", "short", "smoke")
 def rewrite(project: Project, results: Results, *, check: bool) -> str:
     """Brings README's block up to date, or with `check` refuses a stale one; returns what was done."""
     path = project.root / "README.md"
-    if not path.exists():
-        raise UserError(f"{path} is not there; the results block needs a README with {BEGIN} and {END}.")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else sentence_of(error)
+        raise UserError(f"{path} cannot be read: {reason}; the block needs a README with {BEGIN} and {END}.") from error
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise UserError(f"{path} needs one line {BEGIN} and below it one line {END}.")
     before, rest = text.split(BEGIN)
@@ -30,23 +32,27 @@ def rewrite(project: Project, results: Results, *, check: bool) -> str:
         return "README.md: the results block is up to date"
     if check:
         raise UserError("README.md: the results block is stale; run `python -m reports readme`.")
-    path.write_text(fresh, encoding="utf-8", newline="\n")
+    try:
+        path.write_text(fresh, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {sentence_of(error)}.") from error
     return "README.md: results block rewritten"
 
 
 def block(project: Project, results: Results) -> str:
-    """A compact table for each experiment whose `report:` section names points for README."""
-    parts = []
+    """For each protocol a compact table of every experiment whose `report:` section names points for README."""
+    plans: dict[str, list[Plan]] = {}
     for name in report_names(project):
         experiment = load_experiment(name, project)
         if isinstance(experiment, View):
             continue
         profile = _profile(experiment, results)
-        plan = load_plan(project, name, profile)
-        if plan.spec.readme:
-            others = [protocol for protocol in experiment.protocols if protocol != plan.protocol]
-            plans = [plan, *(load_plan(project, name, profile, protocol) for protocol in others)]
-            parts.append(_section([select(plan, results) for plan in plans], results))
+        # the experiment's own protocol comes first
+        for protocol in dict.fromkeys([experiment.protocol, *experiment.protocols]):
+            plan = load_plan(project, name, profile, protocol)
+            if plan.spec.readme:
+                plans.setdefault(protocol, []).append(plan)
+    parts = [_protocol(protocol, members, results) for protocol, members in plans.items()]
     return "\n\n".join(parts) or "No experiment names points for this block."
 
 
@@ -56,37 +62,33 @@ def _profile(experiment: Experiment, results: Results) -> str:
     return next((profile for profile in known if profile in there), known[-1])
 
 
-def _section(selections: list[Selection], results: Results) -> str:
-    plan = selections[0].plan
-    profile = f"{plan.profile} profile"
-    states = "; ".join(f"{selection.plan.protocol}: {wording.completeness(selection)}" for selection in selections)
-    head = f"**{plan.title}** ({plan.source}), {profile}. Runs: {states}. Redraw: `python -m reports {plan.name}`."
-    return "\n".join([head, "", *markdown_lines(_table(selections, results))])
+def _protocol(protocol: str, plans: list[Plan], results: Results) -> str:
+    labels = " or ".join(dict.fromkeys(wording.value_label(plan) for plan in plans))
+    note = "" if protocol == "released" else " The authors' runs follow the released protocol."
+    if any((row, point) not in plan.seeds for plan in plans for row in plan.rows for point in plan.spec.readme):
+        note += " Where a cell is empty, the profile has no such run."
+    head = f"### Protocol `{protocol}`\n\nOurs / the authors' released run, {labels}.{note}"
+    return "\n\n".join([head, *(_section(select(plan, results), results) for plan in plans)])
 
 
-def _table(selections: list[Selection], results: Results) -> Table:
-    """Three lines per method: the authors' released run, and ours under each protocol."""
-    first = selections[0].plan
-    points = first.spec.readme
-    header = ("method", "runs", *points)
-    tables = [({(c.row, c.point): c for c in collect(s, results)}, s.plan) for s in selections]
-    lines = []
-    for row in first.rows:
-        reference = [_theirs(results, first, row, point) for point in points]
-        lines.append((row, f"authors' released, {first.statistic}", *reference))
-        for cells, plan in tables:
-            label = f"ours, {plan.protocol} protocol, {plan.statistic}"
-            lines.append(("", label, *(_ours(cells.get((row, point)), plan) for point in points)))
-    return Table(header, tuple(lines), 2)
+def _section(selection: Selection, results: Results) -> str:
+    plan = selection.plan
+    origin = ", ".join(part for part in (plan.source.split(",")[0], f"profile `{plan.profile}`") if part)
+    head = f"**{plan.title}**: {origin}, {wording.completeness(selection)}."
+    return "\n".join([head, "", *markdown_lines(_table(selection, results))])
 
 
-def _ours(cell: Cell | None, plan: Plan) -> str:
-    # a point that the profile does not have
-    return wording.summary(cell.ours[plan.statistic], cell.metric.digits) if cell else ""
+def _table(selection: Selection, results: Results) -> Table:
+    """One line per method, one column per point, in each cell ours and the authors'."""
+    plan = selection.plan
+    cells = {(cell.row, cell.point): cell for cell in collect(selection, results)}
+    header = ("method", *(" = ".join(wording.point_value(point)) for point in plan.spec.readme))
+    lines = [(row, *(_pair(cells.get((row, point)), plan) for point in plan.spec.readme)) for row in plan.rows]
+    return Table(header, tuple(lines), 1)
 
 
-def _theirs(results: Results, plan: Plan, row: str, point: str) -> str:
-    metric = plan.spec.metrics[0]
-    split, _, name = metric.name.rpartition("/")
-    reference = results.references.get((plan.runs_of, row, point, split, f"{plan.statistic}_{name}"))
-    return wording.reference(reference, metric.digits)
+def _pair(cell: Cell | None, plan: Plan) -> str:
+    # a point that the profile does not have stays empty
+    if cell is None:
+        return ""
+    return f"{wording.brief(cell.ours[plan.statistic], cell.metric.digits)} / {wording.released(cell, plan.statistic)}"

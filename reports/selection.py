@@ -46,6 +46,11 @@ class Summary:
         """Runs that ended, diverged ones included."""
         return len(self.values) + self.n_diverged
 
+    @property
+    def n_missing(self) -> int:
+        """Runs that have not ended."""
+        return self.n_planned - self.n_found
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -97,9 +102,9 @@ class Selection:
 
     @property
     def newest(self) -> str:
-        """When the newest run ended and which it is; empty where runs.csv does not say."""
-        run = max(self.runs, key=lambda run: (run.finished, run.name))
-        return f"{run.finished} ({run.name})" if run.finished else ""
+        """When the newest run ended and which it is; empty where there is no run."""
+        run = max(self.runs, key=lambda run: (run.finished, run.name), default=None)
+        return f"{run.finished} ({run.name})" if run else ""
 
     @property
     def hours(self) -> float:
@@ -111,7 +116,9 @@ class Selection:
         """Known deviations: the experiment file's, then those stored with runs that it no longer names."""
         known = list(self.plan.deviations)
         for run in self.runs:
-            if run.deviations and not any(sentence in run.deviations for sentence in known):
+            if run.deviations in ("", self.plan.stored_deviations):
+                continue
+            if not any(sentence in run.deviations for sentence in known):
                 known.append(run.deviations)
         return tuple(known)
 

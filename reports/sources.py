@@ -9,14 +9,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from fwp_lightning.errors import UserError
+from fwp_lightning.errors import UserError, sentence_of
+from fwp_lightning.results_csv import read_metrics
+from fwp_lightning.results_csv import read_runs as read_run_lines
 
-# the columns that reports read; runs.csv has more
-RUN_COLUMNS = (
-    "run_key", "experiment", "row", "point", "seed", "profile", "protocol", "status", "version", "wall_seconds",
-    "git_commit", "git_dirty", "deviations",
-)  # fmt: skip
-METRIC_COLUMNS = ("run_key", "split", "metric", "step", "value")
 PAPER_COLUMNS = ("experiment", "row", "point", "split", "metric", "value", "source")
 
 
@@ -94,46 +90,37 @@ def read_results(root: Path) -> Results:
 
 def read_runs(path: Path, curves: Mapping[str, Mapping[str, Curve]]) -> tuple[Run, ...]:
     """Reads runs.csv and gives each run its curves."""
-    lines: dict[str, int] = {}
-    runs = []
-    for number, line in _lines(path, RUN_COLUMNS):
-        key = line["run_key"]
-        if key in lines:
-            raise UserError(f"{path} holds run_key {key} twice (lines {lines[key]} and {number}); keep one of them.")
-        lines[key] = number
-        runs.append(
-            Run(
-                key=key,
-                experiment=line["experiment"],
-                row=line["row"],
-                point=line["point"],
-                seed=int(_number(path, number, line, "seed")),
-                profile=line["profile"],
-                protocol=line["protocol"],
-                status=line["status"] or "complete",
-                version=int(_number(path, number, line, "version", empty=1)),
-                wall_seconds=_number(path, number, line, "wall_seconds", empty=0),
-                commit=line["git_commit"],
-                dirty=line["git_dirty"].lower() in ("true", "1"),
-                deviations=line["deviations"],
-                finished=line.get("finished") or "",
-                curves=curves.get(key, {}),
-            )
-        )
+    runs = [_run(line, curves.get(line["run_key"], {})) for line in read_run_lines(path)]
     return tuple(sorted(runs, key=lambda run: run.key))
+
+
+def _run(line: Mapping[str, str], curves: Mapping[str, Curve]) -> Run:
+    return Run(
+        key=line["run_key"],
+        experiment=line["experiment"],
+        row=line["row"],
+        point=line["point"],
+        seed=int(line["seed"]),
+        profile=line["profile"],
+        protocol=line["protocol"],
+        status=line["status"],
+        version=int(line["version"]),
+        # a run that failed early has none
+        wall_seconds=float(line["wall_seconds"] or 0),
+        commit=line["git_commit"],
+        dirty=line["git_dirty"].lower() == "true",
+        deviations=line["deviations"],
+        finished=line["finished"],
+        curves=curves,
+    )
 
 
 def read_curves(path: Path) -> dict[str, dict[str, Curve]]:
     """Reads metrics.csv into curves by run_key and `split/metric`."""
     points: dict[str, dict[str, dict[int, float]]] = {}
-    for number, line in _lines(path, METRIC_COLUMNS):
+    for line in read_metrics(path):
         name = "/".join(part for part in (line["split"], line["metric"]) if part)
-        step = int(_number(path, number, line, "step", empty=0))
-        curve = points.setdefault(line["run_key"], {}).setdefault(name, {})
-        if step in curve:
-            key = line["run_key"]
-            raise UserError(f"{path} line {number}: run {key} has {name} at step {step} twice; keep one of them.")
-        curve[step] = _number(path, number, line, "value")
+        points.setdefault(line["run_key"], {}).setdefault(name, {})[int(line["step"])] = float(line["value"])
     return {
         key: {name: Curve(*zip(*sorted(curve.items()), strict=True)) for name, curve in named.items()}
         for key, named in points.items()
@@ -143,36 +130,35 @@ def read_curves(path: Path) -> dict[str, dict[str, Curve]]:
 def read_references(path: Path) -> dict[ReferenceKey, Reference]:
     """Reads paper.csv by (experiment, row, point, split, metric)."""
     references: dict[ReferenceKey, Reference] = {}
-    for number, line in _lines(path, PAPER_COLUMNS):
+    for number, line in _paper_lines(path):
         key = (line["experiment"], line["row"], line["point"], line["split"], line["metric"])
         if key in references:
             raise UserError(f"{path} line {number}: {' / '.join(filter(None, key))} is there twice; keep one of them.")
+        try:
+            value = float(line["value"])
+        except ValueError:
+            raise UserError(f"{path} line {number}: value is {line['value']!r}, which is not a number.") from None
         bound = re.search(r">[\d.]+(?= printed)", line["source"])
-        printed = bound.group() if bound else line["value"]
-        references[key] = Reference(_number(path, number, line, "value"), printed, line["source"])
+        references[key] = Reference(value, bound.group() if bound else line["value"], line["source"])
     return references
 
 
-def _lines(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
+def _paper_lines(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     if not path.exists():
         return
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        missing = [column for column in columns if column not in (reader.fieldnames or ())]
-        if missing:
-            command = "python -m reports.paper_numbers" if path.name == "paper.csv" else "fwp export"
-            raise UserError(f"{path} has no column {missing[0]!r}; write the file anew with `{command}`.")
-        for line in reader:
-            if None in line or None in line.values():
-                raise UserError(f"{path} line {reader.line_num} does not have as many fields as the header.")
-            yield reader.line_num, line
-
-
-def _number(path: Path, number: int, line: Mapping[str, str], column: str, empty: float | None = None) -> float:
-    text = line[column]
-    if not text and empty is not None:
-        return empty
+    repair = "restore it with `git checkout results/paper.csv`"
     try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"{path} line {number}: {column} is {text!r}, which is not a number.") from None
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file, strict=True)
+            missing = [column for column in PAPER_COLUMNS if column not in (reader.fieldnames or ())]
+            if missing:
+                raise UserError(f"{path} has no column {missing[0]!r}; {repair}.")
+            for line in reader:
+                if None in line or None in line.values():
+                    raise UserError(
+                        f"{path} line {reader.line_num} does not have as many fields as the header; {repair}."
+                    )
+                yield reader.line_num, line
+    except (OSError, csv.Error, UnicodeDecodeError) as error:
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else sentence_of(error)
+        raise UserError(f"{path} cannot be read: {reason}; {repair}.") from error

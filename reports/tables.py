@@ -63,7 +63,7 @@ def _columns_table(selection: Selection, cells: Sequence[Cell]) -> Table:
     header = ["model"]
     for point, metric in columns:
         name = " ".join(part for part in (wording.point_value(point)[1], metric.label) if part)
-        header += [f"{name}: ours", "paper", "difference"]
+        header += [f"{name}, {plan.statistic}: ours", "paper", "difference"]
     lines = []
     for row in plan.rows:
         line = [row]
@@ -94,9 +94,9 @@ def save(table: Table, stem: Path, selection: Selection, cells: Sequence[Cell]) 
 
 
 def caption(selection: Selection) -> str:
-    """Title, source, profile and protocol in one line."""
+    """Title, place in the paper, profile and protocol in one line."""
     plan = selection.plan
-    return " · ".join(part for part in (plan.title, plan.source, wording.setting(selection)) if part)
+    return " · ".join(part for part in (plan.title, wording.place(plan), wording.setting(selection)) if part)
 
 
 def notes(selection: Selection) -> list[str]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 
+from reports.plan import Plan
 from reports.selection import Cell, Selection, Summary
 from reports.sources import Reference
 
 MINUS = "\u2212"
+# the paper's letters for grid keys
+SYMBOLS = {"n_keys": "S"}
 
 
 def number(value: float, digits: int | None = None) -> str:
@@ -41,6 +44,13 @@ def summary(found: Summary, digits: int | None = None) -> str:
     if len(found.values) > 1:
         text += f" ± {_spread(found, digits)}"
     return f"{text} ({count}, {found.n_diverged} diverged)" if found.n_diverged else f"{text} ({count})"
+
+
+def brief(found: Summary, digits: int | None = None) -> str:
+    """As `summary`, but the number of runs only where some are missing or diverged among others."""
+    if found.n_found and not found.n_missing and not (found.values and found.n_diverged):
+        return summary(found, digits).rpartition(" (")[0]
+    return summary(found, digits) if found.n_found else "--"
 
 
 def _spread(found: Summary, digits: int | None) -> str:
@@ -121,6 +131,25 @@ def setting(selection: Selection) -> str:
 
 
 def point_value(point: str) -> tuple[str, str]:
-    """Splits `n_keys=100` into its key and value; a point of several keys is kept whole."""
+    """Splits `n_keys=100` into the paper's letter S and the value; a point of several keys is kept whole."""
     key, equals, value = point.partition("=")
-    return (key, value) if equals and "=" not in value else ("point", point)
+    return (SYMBOLS.get(key, key), value) if equals and "=" not in value else ("point", point)
+
+
+def only_point(plan: Plan) -> str:
+    """`S = 60` where a report shows one point alone; empty where it shows several, or an experiment without grid."""
+    if len(plan.points) != 1 or not plan.points[0]:
+        return ""
+    parts = (point_value(part) for part in plan.points[0].split(", "))
+    return ", ".join(f"{key} = {value}" for key, value in parts)
+
+
+def place(plan: Plan) -> str:
+    """The one point shown, if it is one, and where the paper has the original."""
+    return " · ".join(part for part in (only_point(plan), plan.source) if part)
+
+
+def value_label(plan: Plan) -> str:
+    """The name of a plot's y axis, with the statistic: `best validation loss`; a curve shows every evaluation."""
+    label = plan.spec.y.label or plan.spec.metrics[0].label
+    return f"{plan.statistic} {label}" if plan.spec.kind == "capacity_plot" else label

@@ -113,7 +113,7 @@ def test_a_dry_run_estimates_from_measured_runs(fwp, tracked, train, client):
     out = fwp("sweep", "toy", "--dry-run", "--jobs", "1")[1]
     assert f"{run.run_key}  toy/plain/n_keys=2/seed1  [complete]" in out
     assert "6 runs, 1 complete, 5 to train: about" in out
-    assert "with 1 jobs" in out
+    assert "with 1 job" in out
     assert len(read_store(client)) == 1
 
 
@@ -123,7 +123,7 @@ def test_status_and_export_show_what_is_done(fwp, tracked, train):
     lines = [line.split() for line in fwp("status")[1].splitlines()]
     assert ["toy", "smoke", "released", "plain", "1/2", "-", "-", "-", "-"] in lines
     code, out, _ = fwp("export")
-    assert (code, out) == (0, "exported 1 runs to results/ (1 in runs.csv)\n")
+    assert (code, out) == (0, "exported 1 run to results/ (1 in runs.csv)\n")
 
 
 def test_status_without_a_store_says_so(fwp, toy):
@@ -174,3 +174,163 @@ def test_a_reader_that_leaves_early_gets_no_traceback(toy):
     done = subprocess.run(command, env=toy.environment, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
     assert "Traceback" not in done.stderr
+
+
+# --- arguments that are passed on
+
+
+@pytest.mark.parametrize("command", ["bench", "report"])
+def test_commands_with_a_parser_of_their_own_get_everything_that_follows(fwp, monkeypatch, command):
+    import reports.__main__
+    from fwp_lightning import bench
+
+    got = []
+    for module in (bench, reports.__main__):
+        monkeypatch.setattr(module, "main", lambda arguments: got.append(arguments) or 3)
+    for arguments in (["--sizes", "20"], ["--check"], ["--root", "X", "figure3"], ["--help"], []):
+        assert fwp(command, *arguments)[0] == 3
+        assert got.pop() == arguments
+
+
+@pytest.mark.parametrize("command", ["bench", "report"])
+def test_help_of_a_passed_on_command_is_its_own(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert not end.value.code
+    assert ("--sizes" if command == "bench" else "--check") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["sweep", "toy", "--dry"], "unrecognized arguments: --dry"),
+        (["sweep", "toy", "--checkpoint-seconds", "-5"], "'-5' is no number of seconds from 0"),
+        (["sweep", "toy", "--checkpoint-seconds", "nan"], "'nan' is no number of seconds from 0"),
+        (["sweep", "toy", "--protocol", ""], "toy has no protocol ''"),
+        (["sweep", "toy", "--rows", ","], "',' names nothing"),
+        (["sweep", "toy", "--seeds", "4294967296"], "4294967296 is no seed; seeds go from 0 to 4294967295"),
+    ],
+)
+def test_options_are_written_out_and_have_bounds(fwp, arguments, sentence):
+    code, out, err = fwp(*arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert sentence in err
+
+
+# --- outside a project, and in a broken one
+
+
+@pytest.mark.parametrize("command", [["export"], ["status"], ["sweep", "toy"], ["fit"]])
+def test_outside_a_project_nothing_is_made(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 2
+    assert "lies in no project" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_list_works_outside_a_project(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["list"]) == 0
+    assert "experiments: none" in capsys.readouterr().out
+
+
+def test_export_without_a_store_writes_nothing(fwp, toy):
+    code, out, _ = fwp("export")
+    assert (code, out.split(":")[0]) == (0, "nothing to export")
+    assert {path.name for path in toy.root.iterdir()} == {"experiments", "pyproject.toml"}
+
+
+def test_list_and_status_go_on_past_a_broken_file(fwp, tracked):
+    tracked.write("mine", "titel: Mine\n")
+    code, out, err = fwp("list", "--json")
+    assert code == 0
+    assert [experiment["name"] for experiment in json.loads(out)["experiments"]] == ["toy", "view"]
+    assert "fwp: warning: experiments/mine.yaml: unknown key 'titel'" in err
+    code, _, err = fwp("status")
+    assert code == 0
+    assert "experiments/mine.yaml" in err
+    assert fwp("status", "mine")[0] == 2
+
+
+# --- a user's own parts
+
+
+def own_map(toy, text="# first"):
+    path = toy.root / "my_own_map.py"
+    path.write_text(text + "\n")
+    toy.edit("base/toy", "kind: identity, nu: 1", "kind: identity, nu: 1, feature_map: my_own_map")
+    toy.edit("toy", "kind: tanh", "feature_map: dpfp")
+    return path
+
+
+def test_an_edited_file_makes_new_runs_of_its_own_parts_only(toy):
+    from fwp_lightning.cli import _tie_to_imports
+
+    path = own_map(toy)
+    runs = toy.runs()
+    first = _tie_to_imports([str(path)])(runs)
+    again = _tie_to_imports([str(path)])(runs)
+    path.write_text("# second\n")
+    second = _tie_to_imports([str(path)])(runs)
+    assert [run.run_key for run in first] == [run.run_key for run in again]
+    changed = {one.row for one, other in zip(first, second, strict=True) if one.run_key != other.run_key}
+    assert changed == {"plain", "steep"}
+    shared = [run.run_key for run in runs if run.row == "tanh"]
+    assert [run.run_key for run in second if run.row == "tanh"] == shared
+
+
+def test_a_dry_run_imports_files_and_checks_rows(fwp, toy):
+    (toy.root / "broken_import.py").write_text("import nothing_like_this\n")
+    code, _, err = fwp("sweep", "toy", "--dry-run", "--import", str(toy.root / "broken_import.py"))
+    assert code == 2
+    assert err.count("ModuleNotFoundError") == 1
+    toy.edit("toy", "kind: tanh", "kind: tahn")
+    toy.edit("toy", "nu: 2", "nu: two")
+    code, _, err = fwp("sweep", "toy", "--dry-run", "--import", TOY_TASK)
+    assert code == 2
+    first, steep, tanh = err.splitlines()
+    assert first == "fwp: error: 2 rows cannot be built:"
+    assert "row 'steep', n_keys=2" in steep
+    assert "key \"attention.nu\": Expected a <class 'int'>. Got value: two" in steep
+    assert tanh == "  toy, row 'tanh', n_keys=2: unknown map 'tahn'. Known: identity, tanh."
+
+
+def test_a_misspelt_key_of_the_base_is_told_once_with_its_file(fwp, toy):
+    toy.edit("base/toy", "nu: 1}", "nu: 1, knd: 3}")
+    code, _, err = fwp("sweep", "toy", "--dry-run", "--import", TOY_TASK)
+    assert code == 2
+    assert err == (
+        "fwp: error: experiments/base/toy.yaml: unknown key 'model.attention.knd'. Did you mean 'kind'? "
+        "Known: kind, nu.\n"
+    )
+
+
+# --- fit, before a run is recorded
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--model.attention.kin", "tanh"], "kin"),
+        (["--model.learning_rat", "1"], "Option 'learning_rat' is not accepted"),
+        (["--trainer.accelerator", "nonsense"], "nonsense"),
+        (["--ckpt_path", "nothere.ckpt"], "--ckpt_path nothere.ckpt: there is no such file."),
+        (["--model.attention.nu", "10"], "nu=10 is over 9"),
+    ],
+)
+def test_what_cannot_run_is_not_recorded(fwp, tracked, client, monkeypatch, arguments, sentence):
+    monkeypatch.chdir(tracked.root)
+    code, _, err = fwp("fit", "--import", TOY_TASK, "--config", "experiments/base/toy.yaml", *arguments)
+    assert code == 2
+    assert err.startswith("fwp: error: ")
+    assert err.count("\n") == 1
+    assert sentence in err
+    assert not read_store(client)
+    assert not list(tracked.project.runs.iterdir())
+
+
+def test_runs_being_a_file_is_one_sentence(fwp, toy):
+    toy.project.runs.write_text("")
+    code, _, err = fwp("fit", "--import", TOY_TASK, "--config", str(toy.root / "experiments/base/toy.yaml"))
+    assert code == 2
+    assert err.strip().endswith("runs is a file where a folder must be; move it away.")

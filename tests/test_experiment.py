@@ -1,6 +1,7 @@
 """Experiment files become exact runs; mistakes in them become one sentence."""
 
 import copy
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from fwp_lightning.experiment import (
     read_yaml,
     resolve_runs,
     sha256_of,
+    with_imports,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -185,11 +187,16 @@ def test_an_incomplete_base_is_an_error(toy):
 def test_the_project_is_found_from_below_and_by_its_variable(toy, monkeypatch, tmp_path):
     below = toy.root / "experiments" / "base"
     assert find_project(below).root == toy.root.resolve()
-    assert find_project(tmp_path).root == tmp_path.resolve()
+    assert find_project(tmp_path, required=False).root == tmp_path.resolve()
+    with pytest.raises(UserError, match=r"lies in no project, a folder with pyproject\.toml and experiments/"):
+        find_project(tmp_path)
     monkeypatch.setenv("FWP_ROOT", str(toy.root))
     assert find_project(tmp_path).root == toy.root.resolve()
     monkeypatch.setenv("FWP_ROOT", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="is no folder"):
+        find_project()
+    monkeypatch.setenv("FWP_ROOT", str(tmp_path))
+    with pytest.raises(UserError, match="has no folder experiments"):
         find_project()
 
 
@@ -221,3 +228,49 @@ def test_yaml_that_holds_no_mapping_is_an_error(tmp_path):
     (tmp_path / "list.yaml").write_text("- a\n")
     with pytest.raises(UserError, match="must hold a mapping"):
         read_yaml(tmp_path / "list.yaml")
+
+
+@pytest.mark.parametrize(
+    ("parent", "sentence"),
+    [
+        ("view", "experiments/view.yaml: runs_of: view is this file itself; name an experiment that has rows"),
+        ("other", "experiments/view.yaml: runs_of: other is a view itself; name an experiment that has rows"),
+        ("tou", "experiments/view.yaml: runs_of: unknown experiment 'tou'. Did you mean 'toy'?"),
+    ],
+)
+def test_a_view_of_no_experiment_is_one_sentence(toy, parent, sentence):
+    toy.write("other", "runs_of: view")
+    toy.edit("view", "runs_of: toy", f"runs_of: {parent}")
+    with pytest.raises(UserError) as caught:
+        toy.runs("view")
+    assert sentence in str(caught.value)
+
+
+def test_a_file_that_is_not_utf_8_is_one_sentence(toy):
+    (toy.root / "experiments" / "toy.yaml").write_bytes("title: Längs\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"toy\.yaml is no text in UTF-8 \(byte 8\); save it as UTF-8\."):
+        toy.runs()
+
+
+@pytest.mark.parametrize("seed", ["-1", "4294967296"])
+def test_seeds_have_bounds(toy, seed):
+    toy.edit("toy", "seeds: [1]", f"seeds: [{seed}]")
+    with pytest.raises(UserError, match=f"seeds: {seed} is no seed; seeds go from 0 to 4294967295"):
+        toy.runs()
+
+
+def test_a_protocol_that_is_not_declared_is_an_error(toy):
+    toy.write("mine", "base: base/toy.yaml\nprotocol: corrected\nrows: {plain: {}}\n")
+    with pytest.raises(UserError, match=r"protocol: unknown protocol 'corrected'\. Known: released\."):
+        toy.runs("mine")
+
+
+def test_only_runs_of_the_users_own_parts_depend_on_imported_files(toy):
+    plain = toy.runs()
+    assert [run.run_key for run in with_imports(plain, [], set())] == [run.run_key for run in plain]
+    for run in plain:
+        run.config["model"]["init_args"]["attention"]["feature_map"] = "mine" if run.row == "tanh" else "elu"
+    plain = [dataclasses.replace(run) for run in plain]
+    tied = {new for old, run in zip(plain, with_imports(plain, ["0" * 64], {"elu"}), strict=True)
+            if (new := run.row) and old.run_key != run.run_key}  # fmt: skip
+    assert tied == {"tanh"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import itertools
 import math
 import os
@@ -20,12 +21,13 @@ from matplotlib.axes import Axes
 
 from fwp_lightning.errors import UserError
 from fwp_lightning.experiment import Project, experiment_names, load_experiment, resolve_runs
+from fwp_lightning.results_csv import METRIC_COLUMNS, RUN_COLUMNS
 from reports import figures, paper_numbers, tables, wording
 from reports.__main__ import main, selections
 from reports.palette import DARK, LOOKS, looks_of
-from reports.plan import load_plan, read_spec, report_names
+from reports.plan import check_report_section, load_plan, read_spec, report_names
 from reports.selection import Cell, Selection, Summary, collect, select
-from reports.sources import METRIC_COLUMNS, PAPER_COLUMNS, RUN_COLUMNS, read_references, read_results
+from reports.sources import PAPER_COLUMNS, read_references, read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -110,8 +112,8 @@ class Bench:
         line = dict.fromkeys(RUN_COLUMNS, "") | {
             "run_key": key, "experiment": experiment, "row": row, "point": point, "seed": str(seed),
             "profile": profile, "protocol": protocol, "status": "complete", "version": str(run.version),
-            "wall_seconds": "1800", "git_commit": "0123456789abcdef", "git_dirty": "false",
-            "deviations": run.deviations,
+            "wall_seconds": "1800", "finished": "2026-01-01T12:00:00Z", "git_commit": "0123456789abcdef",
+            "git_dirty": "false", "deviations": run.deviations,
         }  # fmt: skip
         if key not in {known["run_key"] for known in self.runs}:
             self.runs.append(line | changed)
@@ -122,6 +124,11 @@ class Bench:
     def paper(self, row: str, metric: str, value: str, source: str = "log", **place: str) -> None:
         place = {"experiment": "figure8", "point": "n_keys=20", "split": "valid"} | place
         self.references.append((place["experiment"], row, place["point"], place["split"], metric, value, source))
+
+    def edit(self, name: str, **changed: object) -> None:
+        """Changes top-level keys of an experiment file."""
+        path = self.root / "experiments" / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changed, sort_keys=False))
 
     def write(self) -> Bench:
         folder = self.root / "results"
@@ -268,6 +275,25 @@ def test_view_shows_its_points_of_the_parents_runs(full: Bench) -> None:
     assert full.cell("Linear", "n_keys=40", name="figure9").released["last"].value is not None
 
 
+def test_view_has_its_own_deviations_before_its_parents(full: Bench) -> None:
+    full.add("Linear", [0.4], profile="smoke", point="n_keys=40")
+    assert full.selection("figure9", "smoke").deviations == ("Ten steps only.",)
+    full.edit("figure9", deviations={"smoke": "Ten steps of one curve."})
+    assert full.selection("figure9", "smoke").deviations == ("Ten steps of one curve.",)
+    full.edit("figure9", deviations={"smoke": ""})
+    assert full.selection("figure9", "smoke").deviations == ()
+
+
+def test_deviation_that_the_experiment_file_no_longer_names_is_still_shown(bench: Bench) -> None:
+    bench.add("Linear", [0.4], deviations="On a coarser grid.")
+    assert bench.selection().deviations == ("On a coarser grid.",)
+
+
+def test_newest_run_is_the_one_that_finished_last(full: Bench) -> None:
+    full.runs[2]["finished"] = "2026-01-02T00:00:00Z"
+    assert full.selection().newest == "2026-01-02T00:00:00Z (figure8/DPFP-1/n_keys=20/seed2)"
+
+
 def test_higher_is_better_turns_the_best_around(bench: Bench) -> None:
     key = bench.add("Delta Network", [20.0, 27.0, 25.0], experiment="table9", point="", protocol="corrected",
                     metric="test/bleu")  # fmt: skip
@@ -317,6 +343,10 @@ def axes_of(bench: Bench, name: str = "figure8", profile: str = "short", protoco
     return figure.axes[0]
 
 
+def legend_of(axes: Axes) -> list[str]:
+    return [text.get_text() for text in axes.figure.legends[0].get_texts()]
+
+
 def markers_at(axes: Axes, x: float, y: float) -> set[tuple[object, str]]:
     return {
         (line.get_marker(), str(line.get_markerfacecolor()))
@@ -333,9 +363,65 @@ def test_released_runs_are_hollow_in_the_methods_colour(full: Bench) -> None:
 
 def test_diverged_points_are_crosses_at_the_top_edge_with_a_legend_entry(full: Bench) -> None:
     axes = axes_of(full)
-    assert {marker for marker, _ in markers_at(axes, 40, 1.0)} == {"x"}
-    legend = [text.get_text() for text in axes.figure.legends[0].get_texts()]
-    assert legend == ["DPFP-1", "Linear", "authors' released run", "diverged (NaN)"]
+    # ours, and below it the authors'
+    assert {marker for marker, _ in markers_at(axes, 40, 1 - 0.026)} == {figures.CROSS}
+    assert {marker for marker, _ in markers_at(axes, 40, 1.0)} == {figures.HOLLOW_CROSS}
+    assert legend_of(axes) == [
+        *("DPFP-1", "Linear", "authors' released run", "diverged (NaN)", "authors' run diverged (NaN)")
+    ]
+
+
+@pytest.mark.parametrize("who", ["ours", "authors'"])
+def test_legend_names_whose_run_diverged(bench: Bench, who: str) -> None:
+    bench.add("Linear", [0.3, math.nan if who == "ours" else 0.2])
+    bench.paper("Linear", "last_loss", "0.2" if who == "ours" else "nan")
+    words = legend_of(axes_of(bench))[2:]
+    assert words == (["authors' released run", "diverged (NaN)"] if who == "ours" else ["authors' run diverged (NaN)"])
+
+
+def test_legend_names_no_mark_that_is_not_there(bench: Bench) -> None:
+    bench.add("Linear", [0.3])
+    assert legend_of(axes_of(bench)) == ["DPFP-1", "Linear"]
+
+
+def test_authors_run_that_ends_later_is_an_arrow_with_its_own_words(bench: Bench) -> None:
+    bench.add("Linear", [0.3, 0.2], point="n_keys=40")
+    bench.paper("Linear", "last_loss", "0.1", point="n_keys=40")
+    bench.paper("Linear", "last_step", "900", point="n_keys=40")
+    axes = axes_of(bench, "figure9")
+    assert {marker for marker, _ in markers_at(axes, axes.get_xlim()[1], 0.1)} == {figures.HOLLOW_ONWARD}
+    assert legend_of(axes) == ["DPFP-1", "Linear", "authors' run ends later"]
+
+
+def test_authors_point_below_the_axis_is_a_hollow_arrow(bench: Bench) -> None:
+    bench.add("Linear", [0.3])
+    bench.paper("Linear", "last_loss", "1e-5")
+    axes = axes_of(bench)
+    assert {marker for marker, _ in markers_at(axes, 20, 0.001)} == {figures.HOLLOW_DOWN}
+    assert legend_of(axes)[2:] == ["authors' run beyond the axes"]
+
+
+def test_every_figure_and_table_names_its_statistic(full: Bench) -> None:
+    assert axes_of(full).get_ylabel() == "last loss"
+    assert axes_of(full, protocol="corrected").get_ylabel() == "best loss"
+    # a curve is every evaluation; what ends it is named in the legend
+    full.paper("DPFP-1", "last_loss", "0.2", point="n_keys=40")
+    full.paper("DPFP-1", "last_step", "200", point="n_keys=40")
+    axes = axes_of(full, "figure9")
+    assert axes.get_ylabel() == "valid loss"
+    assert "authors' run, last evaluation" in legend_of(axes)
+    points = tables.build(full.selection(), full.cells()).header
+    assert {"last: ours", "best: ours", "last: released", "best: released"} <= set(points)
+    full.add("Delta Network", [35.0], experiment="table9", point="", protocol="corrected", metric="valid/perplexity")
+    assert "valid, best: ours" in tables.build(full.selection("table9"), full.cells("table9")).header
+
+
+def test_figure_and_table_of_one_point_name_it(full: Bench) -> None:
+    figure = figures.draw(full.selection("figure9"), full.cells("figure9"))
+    assert "S = 40 · Figure 9 · short profile · released protocol" in [text.get_text() for text in figure.texts]
+    assert "Curves · S = 40 · Figure 9" in tables.caption(full.selection("figure9"))
+    # several points are on the axis
+    assert "S = " not in tables.caption(full.selection("figure8"))
 
 
 def test_point_where_one_seed_diverged_has_its_mean_and_a_cross(bench: Bench) -> None:
@@ -343,7 +429,7 @@ def test_point_where_one_seed_diverged_has_its_mean_and_a_cross(bench: Bench) ->
     bench.add("Linear", [0.3, math.nan], seed=2)
     axes = axes_of(bench)
     assert markers_at(axes, 20, 0.2) == {(LOOKS["Linear"].marker, LOOKS["Linear"].colour)}
-    assert {marker for marker, _ in markers_at(axes, 20, 1.0)} == {"x"}
+    assert {marker for marker, _ in markers_at(axes, 20, 1.0)} == {figures.CROSS}
 
 
 def test_point_below_the_axis_is_an_arrow_at_its_edge(full: Bench) -> None:
@@ -357,7 +443,8 @@ def test_learning_curves_end_in_a_marker_and_show_the_released_end(full: Bench) 
     axes = axes_of(full, "figure9")
     assert markers_at(axes, 200, 0.2) == {(LOOKS["DPFP-1"].marker, "#FFFFFF")}
     assert markers_at(axes, 300, 0.24) == {(LOOKS["DPFP-1"].marker, LOOKS["DPFP-1"].colour)}
-    assert {marker for marker, _ in markers_at(axes, 200, 1.0)} == {"x"}
+    assert {marker for marker, _ in markers_at(axes, 200, 1.0)} == {figures.CROSS}
+    assert {marker for marker, _ in markers_at(axes, 200, 1 - 0.026)} == {figures.HOLLOW_CROSS}
 
 
 def test_every_output_names_command_commit_runs_and_newest(full: Bench) -> None:
@@ -399,8 +486,9 @@ def test_same_csv_gives_the_same_bytes_without_torch_or_mlflow(full: Bench) -> N
 
 def test_latex_escapes_what_latex_reads(full: Bench) -> None:
     selection, cells = full.selection(), full.cells()
+    cells = [dataclasses.replace(cells[0], row="DPFP_1 & co"), *cells[1:]]
     text = tables.to_latex(tables.build(selection, cells), selection)
-    assert r"n\_keys" in text
+    assert r"DPFP\_1 \& co" in text
     assert r"0.180 $\pm$ 0.085 (2)" in text
     body = [line for line in text.splitlines() if not line.startswith("%")]
     assert not re.search(r"[±−]", "\n".join(body))
@@ -484,7 +572,7 @@ def test_one_look_per_method_in_every_figure() -> None:
 
 def refused(bench: Bench, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The one sentence with which a command ends."""
-    assert main([*arguments, "--root", str(bench.root)]) == 1
+    assert main([*arguments, "--root", str(bench.root)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     return lines[0]
@@ -501,7 +589,7 @@ def test_all_reports_draw_what_there_is_and_name_the_rest(bench: Bench, capsys: 
     bench.add("Linear", [0.3])
     assert bench.draw() == 0
     assert "no runs for table9" in capsys.readouterr().err
-    assert bench.draw("figure8", "table9") == 1
+    assert bench.draw("figure8", "table9") == 2
 
 
 def test_unknown_report(full: Bench, capsys: pytest.CaptureFixture[str]) -> None:
@@ -509,29 +597,79 @@ def test_unknown_report(full: Bench, capsys: pytest.CaptureFixture[str]) -> None
     assert "Did you mean 'figure8'? Known: figure8, figure9, table9, readme." in sentence
 
 
-@pytest.mark.parametrize("column", ["run_key", "status", "protocol"])
+@pytest.mark.parametrize("column", ["run_key", "status", "protocol", "finished"])
 def test_missing_column(full: Bench, capsys: pytest.CaptureFixture[str], column: str) -> None:
     full.runs = [{name: value for name, value in run.items() if name != column} for run in full.runs]
     full.write()
-    assert f"runs.csv has no column '{column}'" in refused(full, capsys, "figure8")
+    assert f"runs.csv lacks the column '{column}'" in refused(full, capsys, "figure8")
 
 
 def test_key_that_stands_twice(full: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     full.runs.append(full.runs[0])
     full.write()
-    assert f"run_key {full.runs[0]['run_key']} twice (lines 2 and 10)" in refused(full, capsys, "figure8")
+    assert f"line 10: run_key = {full.runs[0]['run_key']} stands twice" in refused(full, capsys, "figure8")
 
 
 def test_metric_that_stands_twice(full: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     full.points.append((*full.points[0][:4], "0.7"))
     full.write()
-    assert "valid/loss at step 100 twice" in refused(full, capsys, "figure8")
+    assert "valid, loss, 100 stands twice" in refused(full, capsys, "figure8")
 
 
 def test_value_that_is_no_number(full: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     full.points.append(("abcd", "valid", "loss", "100", "high"))
     full.write()
-    assert "value is 'high', which is not a number" in refused(full, capsys, "figure8")
+    assert "value 'high' is no number" in refused(full, capsys, "figure8")
+
+
+@pytest.mark.parametrize("damage", ["bytes", "nul", "folder"])
+@pytest.mark.parametrize("name", ["runs.csv", "metrics.csv", "paper.csv"])
+def test_file_that_is_no_csv(full: Bench, capsys: pytest.CaptureFixture[str], name: str, damage: str) -> None:
+    path = full.write().root / "results" / name
+    if damage == "folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_bytes(b"\xff\xfe\x81\x00\n" if damage == "bytes" else b"run_key,\x00\n\x00\n")
+    assert str(path) in refused(full, capsys, "figure8")
+
+
+@pytest.mark.parametrize("line", ["figure8,Linear,n_keys=20,valid,last_loss,high,log", "figure8,Linear"])
+def test_damaged_line_of_paper_csv(full: Bench, capsys: pytest.CaptureFixture[str], line: str) -> None:
+    path = full.write().root / "results" / "paper.csv"
+    path.write_text(path.read_text() + line + "\n")
+    assert f"{path} line 7" in refused(full, capsys, "figure8")
+
+
+@pytest.mark.parametrize("name", ["reports", "reports/output", "reports/output/short", "reports/output/index.html"])
+def test_output_that_cannot_be_written(full: Bench, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    path = full.write().root / name
+    if path.suffix:
+        path.mkdir(parents=True)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    sentence = refused(full, capsys, "figure8")
+    assert "cannot be written" in sentence
+    assert str(path) in sentence
+
+
+def test_run_of_an_unknown_profile(full: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    full.runs[0]["profile"] = "shrt"
+    sentence = refused(full.write(), capsys, "figure8")
+    assert "figure8 cannot be drawn from results/runs.csv: figure8 has no profile 'shrt'. Did you mean" in sentence
+
+
+def test_fwp_report_hands_the_exit_code_on(bench: Bench) -> None:
+    (bench.write().root / "pyproject.toml").touch()
+    path = bench.root / "results" / "runs.csv"
+    path.write_bytes(b"\xff\n")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "FWP_ROOT": str(bench.root)}
+    command = [sys.executable, "-m", "fwp_lightning", "report", "figure8"]
+    done = subprocess.run(command, cwd=bench.root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert str(path) in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -545,6 +683,14 @@ def test_value_that_is_no_number(full: Bench, capsys: pytest.CaptureFixture[str]
         ({"kind": "table", "metrics": ["a/b"], "y": {"scale": "log", "limits": [0, 1]}}, "above 0 on a log scale"),
         ({"kind": "table", "metrics": ["a/b"], "y": {"limits": [1, 0]}}, "first must be below the second"),
         ({"kind": "table", "metrics": ["a/b"], "y": {"limits": "wide"}}, "give two numbers"),
+        ({"kind": "table", "metrics": ["a/b"], "y": {"limits": [False, 1]}}, "give two numbers"),
+        ({"kind": "table", "metrics": "a/b"}, "give a list, as in [a/b]"),
+        ({"kind": "table", "metrics": ["loss"]}, "write split and metric"),
+        ({"kind": "table", "metrics": [{"label": "loss"}]}, "write split and metric"),
+        ({"kind": "table", "metrics": [3]}, "metrics is 3; give it the keys name"),
+        ({"kind": "table", "metrics": [{"name": "a/b", "digits": "two"}]}, "a whole number from 0 to 9"),
+        ({"kind": "table", "metrics": ["a/b"], "x": "steps"}, "report.x is 'steps'; give it the keys label"),
+        ({"kind": "table", "metrics": ["a/b"], "readme": [60]}, "write a point as in n_keys=60"),
     ],
 )
 def test_wrong_report_section(section: object, complaint: str) -> None:
@@ -552,24 +698,79 @@ def test_wrong_report_section(section: object, complaint: str) -> None:
         read_spec("figure8", section)
 
 
+@pytest.mark.parametrize("name", ["figure8", "figure9", "table9"])
+def test_report_section_is_checked_without_any_result(bench: Bench, name: str) -> None:
+    check_report_section(name, bench.project)
+    bench.edit(name, report={"kind": "capacity_plt", "metrics": ["valid/loss"]})
+    with pytest.raises(UserError, match=rf"{name}\.yaml, report: kind .*capacity_plot"):
+        check_report_section(name, bench.project)
+
+
+def test_experiment_without_report_section_passes_the_check(bench: Bench) -> None:
+    path = bench.root / "experiments" / "table9.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in TABLE.items() if key != "report"}))
+    check_report_section("table9", bench.project)
+
+
+def test_capacity_plot_needs_numbers_to_plot_over(bench: Bench) -> None:
+    bench.edit("table9", report={"kind": "capacity_plot", "metrics": ["valid/loss"]})
+    with pytest.raises(UserError, match="a capacity_plot needs a grid of one key with numbers"):
+        check_report_section("table9", bench.project)
+    with pytest.raises(UserError, match="a capacity_plot needs a grid of one key with numbers"):
+        load_plan(bench.project, "table9", "short")
+
+
+def test_readme_point_that_no_profile_has(bench: Bench) -> None:
+    bench.edit("figure8", report=CAPACITY["report"] | {"readme": ["n_keys=41"]})
+    with pytest.raises(UserError, match=r"readme names the point 'n_keys=41'\. Did you mean 'n_keys=40'"):
+        check_report_section("figure8", bench.project)
+
+
 # --- README ----------------------------------------------------------------------------------------------------------
 
 
-def test_readme_block_shows_both_protocols_beside_the_authors(full: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_block_has_ours_beside_the_authors(full: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    full.add("Linear", [0.7], seed=2)
     assert full.draw("readme") == 0
     text = (full.root / "README.md").read_text()
     assert text.startswith("# Title\n\n<!-- results:begin -->\n")
     assert text.endswith("<!-- results:end -->\n\nThe end.\n")
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    assert table[0] == ["method", "runs", "n_keys=20", "n_keys=40"]
-    assert table[2:5] == [
-        ["DPFP-1", "authors' released, last", "0.150", "--"],
-        ["", "ours, released protocol, last", "0.180 ± 0.085 (2)", "0.180 ± 0.085 (2)"],
-        ["", "ours, corrected protocol, best", "-- (0/2)", "-- (0/2)"],
+    released, corrected = text.split("### ")[1:]
+    assert released.startswith("Protocol `released`\n\nOurs / the authors' released run, last loss.")
+    assert corrected.startswith("Protocol `corrected`\n\nOurs / the authors' released run, best loss.")
+    assert "**Capacity**: Figure 8, profile `short`, 7 of 8 runs." in released
+    assert cells_of(released) == [
+        ["method", "S = 20", "S = 40"],
+        ["DPFP-1", "0.180 ± 0.085 / 0.150", "0.180 ± 0.085 / --"],
+        ["Linear", "0.500 ± 0.283 / --", "diverged (1/2) / diverged"],
     ]
+    assert cells_of(corrected)[1:] == [["DPFP-1", "-- / 0.110", "-- / --"], ["Linear", "1.0e−4 (1/2) / --", "-- / --"]]
     capsys.readouterr()
     assert full.draw("readme", "--check") == 0
     assert "up to date" in capsys.readouterr().out
+
+
+def cells_of(markdown: str) -> list[list[str]]:
+    lines = [line for line in markdown.splitlines() if line.startswith("|") and "---" not in line]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def test_readme_leaves_a_point_empty_that_the_profile_does_not_have(bench: Bench) -> None:
+    bench.edit("figure8", profiles={"smoke": {"grid": {"data.n_keys": [20]}}, "short": {}})
+    bench.add("Linear", [0.3], profile="smoke")
+    assert bench.draw("readme") == 0
+    text = (bench.root / "README.md").read_text()
+    assert "Where a cell is empty, the profile has no such run." in text
+    lines = cells_of(text)
+    assert lines[2] == ["Linear", "0.300 (1/2) / --", ""]
+
+
+def test_readme_that_is_no_text(full: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    path = full.write().root / "README.md"
+    path.write_bytes(b"\xff")
+    assert f"{path} cannot be read: it is not UTF-8 text" in refused(full, capsys, "readme")
+    path.unlink()
+    assert f"{path} cannot be read: No such file" in refused(full, capsys, "readme")
 
 
 def test_stale_readme_block_is_found_and_left_alone(full: Bench, capsys: pytest.CaptureFixture[str]) -> None:
@@ -611,7 +812,7 @@ def test_paper_numbers_map_released_names_to_rows(tmp_path: Path) -> None:
 def test_paper_numbers_refuse_an_unknown_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = ["2", "dpfp9", "ours", "20", "1", "1", "1", "1"]
     write_csv(tmp_path / "logs.csv", [paper_numbers.RELEASED_COLUMNS, log])
-    assert paper_numbers.main([str(tmp_path / "logs.csv"), "--out", str(tmp_path / "out.csv")]) == 1
+    assert paper_numbers.main([str(tmp_path / "logs.csv"), "--out", str(tmp_path / "out.csv")]) == 2
     assert "2/dpfp9/ours" in capsys.readouterr().err
     assert not (tmp_path / "out.csv").exists()
 
@@ -630,3 +831,15 @@ def test_experiment_files_name_rows_and_points_as_paper_csv_does() -> None:
 def test_every_experiment_has_a_report() -> None:
     project = Project(ROOT)
     assert report_names(project) == experiment_names(project)
+    for name in experiment_names(project):
+        check_report_section(name, project)
+
+
+def test_smoke_learning_curves_say_what_they_show() -> None:
+    figure3, figure4 = (load_plan(Project(ROOT), name, "smoke") for name in ("figure3", "figure4"))
+    assert wording.only_point(figure4) == "S = 60"
+    assert "600" not in figure4.title
+    assert figure4.deviations == ("at most 500 optimiser steps a run; S = 60 instead of 600",)
+    assert wording.only_point(figure3) == "S = 20"
+    assert figure3.deviations == ("at most 300 optimiser steps a run",)
+    assert wording.only_point(load_plan(Project(ROOT), "figure4", "paper")) == "S = 600"

@@ -137,7 +137,7 @@ def test_numbers_keep_nine_digits_and_counts_all(value, text):
         ("run_key,experiment", "experiment", "runs.csv lacks the column 'run_key'"),
         ("deviations", "deviations,mood", "runs.csv has an unknown column 'mood'"),
         ("smoke,released,complete", "smoke,released,finished", "line 2: status 'finished' is none of"),
-        ("toy,plain", "toy", "line 2: 31 fields are expected; the line is damaged"),
+        ("toy,plain", "toy", "line 2: 32 fields are expected, not 31; move it away, then run `fwp export`"),
     ],
 )
 def test_a_damaged_csv_is_refused_before_anything_is_written(tracked, client, old, new, sentence):
@@ -168,7 +168,7 @@ def test_a_value_that_is_no_number_is_refused(tracked, client):
     export(client, tracked.project)
     path = files(tracked)[1]
     path.write_text(path.read_text().replace(",1\n", ",one\n"))
-    with pytest.raises(UserError, match="line 2: could not convert string to float: 'one'"):
+    with pytest.raises(UserError, match="line 2: value 'one' is no number; move it away, then run `fwp export`"):
         read_metrics(path)
 
 
@@ -248,3 +248,60 @@ def fill_store(client, template, *, n_runs, n_points, insert):
         )
         last = [{"run_uuid": run, "step": n_points, "timestamp": 1, **point} for run in runs]
         session.execute(insert(SqlLatestMetric), last)
+
+
+def test_the_end_of_a_run_is_a_column_and_survives_a_late_delivery(tracked, client, monkeypatch):
+    monkeypatch.setattr("fwp_lightning.tracking.time.time", lambda: 1767225600.5)
+    record(tracked, client, "a" * 16)
+    monkeypatch.undo()
+    export(client, tracked.project)
+    assert RUN_COLUMNS[RUN_COLUMNS.index("wall_seconds") + 1] == "finished"
+    assert [row["finished"] for row in read_runs(files(tracked)[0])] == ["2026-01-01T00:00:00Z"]
+
+
+def runs_csv(path, **changed):
+    row = {
+        **dict.fromkeys(RUN_COLUMNS, ""), "run_key": "a" * 16, "experiment": "toy", "seed": "1", "version": "1",
+        "status": "complete", **changed,
+    }  # fmt: skip
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([RUN_COLUMNS, [row[column] for column in RUN_COLUMNS]])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "problem"),
+    [
+        ("seed", "x", "seed 'x' is no whole number"),
+        ("version", "", "version '' is no whole number"),
+        ("wall_seconds", "abc", "wall_seconds 'abc' is no number"),
+        ("wall_seconds", "-1", "wall_seconds '-1' is no number of seconds"),
+        ("finished", "yesterday", "finished 'yesterday' is no time such as"),
+        ("status", "done", "status 'done' is none of complete, diverged, failed"),
+        ("run_key", "", "run_key '' is empty"),
+    ],
+)
+def test_every_value_has_its_type(tmp_path, column, value, problem):
+    path = runs_csv(tmp_path / "runs.csv", **{column: value})
+    with pytest.raises(UserError) as caught:
+        read_runs(path)
+    assert f"line 2: {problem}" in str(caught.value)
+    assert str(caught.value).endswith("move it away, then run `fwp export`.")
+
+
+def test_a_file_that_is_no_csv_is_one_sentence(tmp_path):
+    assert read_runs(tmp_path / "absent.csv") == []
+    assert len(read_runs(runs_csv(tmp_path / "good.csv"))) == 1
+    (tmp_path / "garbage.csv").write_bytes(bytes(range(256)))
+    with pytest.raises(UserError, match=r"garbage\.csv cannot be read: it is no text in UTF-8; move it away"):
+        read_runs(tmp_path / "garbage.csv")
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(UserError, match=r"folder\.csv cannot be read: Is a directory"):
+        read_metrics(tmp_path / "folder.csv")
+
+
+def test_results_being_a_file_is_one_sentence(tracked, client):
+    record(tracked, client, "a" * 16)
+    tracked.project.results.write_text("")
+    with pytest.raises(UserError, match="results is a file where a folder must be; move it away"):
+        export(client, tracked.project)

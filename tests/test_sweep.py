@@ -299,3 +299,12 @@ def trained_by(run, pid):
     with contextlib.suppress(psutil.Error):
         return psutil.Process(int(worker[0])).ppid() == pid
     return False
+
+
+@pytest.mark.parametrize("name", ["runs.csv", "metrics.csv"])
+def test_damaged_results_are_found_before_anything_trains(toy, name):
+    toy.project.results.mkdir()
+    (toy.project.results / name).write_text("garbage\n")
+    with pytest.raises(UserError, match=rf"{name} lacks the column 'run_key'.*move it away, then run `fwp export`"):
+        run_sweep(toy.runs(), toy.project, Origin())
+    assert not (toy.root / "mlflow.db").exists()

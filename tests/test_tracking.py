@@ -1,6 +1,7 @@
 """Runs are recorded once, completely, and whatever happens to the store never stops training."""
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -401,7 +402,7 @@ def test_a_server_that_is_down_is_one_sentence_within_seconds(toy, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     started = time.monotonic()
     logging.getLogger("urllib3").setLevel(logging.ERROR)
-    assert "the MLflow store http://127.0.0.1:9 cannot be used" in refusal(toy.project)
+    assert "the MLflow server http://127.0.0.1:9 does not answer; start it" in refusal(toy.project)
     assert time.monotonic() - started < 20
 
 
@@ -412,3 +413,44 @@ def test_a_deleted_experiment_is_restored(tracked, client, clock):
     second.start()
     assert not second.journal.exists()
     shutil.rmtree(tracked.project.runs)
+
+
+def test_a_folder_where_the_store_must_be_is_one_sentence(toy):
+    (toy.root / "mlflow.db").mkdir()
+    assert "mlflow.db is a folder where the MLflow store must be; move it away" in refusal(toy.project)
+
+
+def test_a_store_just_begun_on_a_full_disk_is_removed(toy, monkeypatch):
+    import mlflow
+    from sqlalchemy.exc import OperationalError
+
+    def full(tracking_uri):
+        (toy.root / "mlflow.db").write_bytes(b"half a store")
+        raise OperationalError("CREATE TABLE", {}, Exception("database or disk is full"))
+
+    monkeypatch.setattr(mlflow, "MlflowClient", full)
+    assert "is full; free some space" in refusal(toy.project)
+    assert not (toy.root / "mlflow.db").exists()
+
+
+def test_imported_files_are_recorded_with_their_content(toy, tmp_path):
+    path = tmp_path / "some_map.py"
+    path.write_text("# a map\n")
+    (digest,) = describe_origin(toy.project, [], [str(path)]).import_hashes
+    assert digest == hashlib.sha256(b"# a map\n").hexdigest()
+    with pytest.raises(UserError, match=r"absent\.py: there is no such file"):
+        describe_origin(toy.project, [], ["absent.py"])
+
+
+def test_a_database_that_breaks_on_the_way_is_one_sentence(toy, monkeypatch, capsys):
+    from sqlalchemy.exc import DatabaseError
+
+    from fwp_lightning import cli
+
+    def broken(arguments):
+        raise DatabaseError("SELECT", {}, Exception("database disk image is malformed"))
+
+    monkeypatch.setattr(cli, "_dispatch", broken)
+    monkeypatch.setenv("FWP_ROOT", str(toy.root))
+    assert cli.main(["status"]) == 2
+    assert "mlflow.db is damaged; put a copy back or move it away" in capsys.readouterr().err

@@ -11,18 +11,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fwp_lightning.errors import UserError, sentence_of
-from fwp_lightning.experiment import Project, Run
-from fwp_lightning.results import Estimate, count_rows, export, measured_seconds, outcomes
+from fwp_lightning.errors import UserError
+from fwp_lightning.experiment import CHECKPOINT_SECONDS, Project, Run
+from fwp_lightning.results import Estimate, count_rows, counted, export, measured_seconds, outcomes, read_results
+from fwp_lightning.results_csv import DONE
 from fwp_lightning.sweep.progress import Display, console, display_for, duration, rows_table
-from fwp_lightning.sweep.workers import Outcome, Pool, Settings, Worker
-from fwp_lightning.tracking import Origin, close_dead_runs, deliver_journals, is_locked, open_store
+from fwp_lightning.sweep.workers import Outcome, Pool, Settings, Worker, import_file
+from fwp_lightning.tracking import Origin, close_dead_runs, deliver_journals, is_locked, open_store, require_folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-DONE = ("complete", "diverged")
-CHECKPOINT_SECONDS = 30.0
 # a run may take this long to end its epoch and save when the sweep is stopped
 PATIENCE_SECONDS = 30.0
 POLL_SECONDS = 0.25
@@ -42,6 +41,10 @@ class Plan:
     def done(self) -> int:
         """Number of runs that are complete already."""
         return len(self.runs) - len(self.pending)
+
+    def sentence(self) -> str:
+        """Return how many runs there are, and how many of them are done."""
+        return f"{counted(len(self.runs), 'run')}, {self.done} complete, {len(self.pending)} to train"
 
     def seconds(self, jobs: int) -> float | None:
         """Return how long the pending runs will take, None if no run like them was ever measured."""
@@ -83,12 +86,38 @@ def default_jobs(runs: Iterable[Run]) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def show_plan(runs: Iterable[Run], project: Project, jobs: int | None) -> None:
-    """Print the runs of a sweep, how many are complete and how long the others will take."""
+def rows_to_check(pending: Iterable[Run]) -> list[Run]:
+    """Return one run of every row: the last pending one, which is its smallest."""
+    return list({(run.experiment, run.row): run for run in pending}.values())
+
+
+def refuse_rows(problems: Sequence[str]) -> None:
+    """Raise ``UserError`` if there are rows that cannot be built, one a line."""
+    # a mistake in the base configuration is one, however many rows have it
+    different = sorted(set(problems))
+    if len(different) > 1:
+        raise UserError("\n  ".join([f"{len(different)} rows cannot be built:", *different]))
+    if different:
+        raise UserError(different[0])
+
+
+def check_rows_here(pending: Iterable[Run], imports: Iterable[str]) -> None:
+    """Import the user's files and build every row in this process, as the workers of a sweep do."""
+    from fwp_lightning.sweep.training import check_run
+
+    for name in imports:
+        import_file(name)
+    refuse_rows([problem for run in rows_to_check(pending) if (problem := check_run(run))])
+
+
+def show_plan(runs: Iterable[Run], project: Project, jobs: int | None, imports: Iterable[str] = ()) -> None:
+    """Check the rows of a sweep; print its runs, how many are complete and how long the others will take."""
+    read_results(project)
     # a dry run makes no store
     absent = project.store_file is not None and not project.store_file.exists()
     plan = plan_sweep(runs, None if absent else open_store(project), project)
     jobs = jobs or default_jobs(plan.runs)
+    check_rows_here(plan.pending, imports)
     out = console()
     for run in plan.runs:
         seconds = plan.estimate.seconds(run)
@@ -96,9 +125,9 @@ def show_plan(runs: Iterable[Run], project: Project, jobs: int | None) -> None:
         expected = f", about {duration(seconds)}" if seconds is not None and state not in DONE else ""
         out.print(f"{run.run_key}  {run.name}  [{state}{expected}]", markup=False, soft_wrap=True)
     left = plan.seconds(jobs)
-    cost = f"about {duration(left)} with {jobs} jobs" if left is not None else "no such run was measured yet"
+    cost = f"about {duration(left)} with {counted(jobs, 'job')}" if left is not None else "no such run was measured yet"
     cost = cost if plan.pending else "nothing to train"
-    out.print(f"{len(plan.runs)} runs, {plan.done} complete, {len(plan.pending)} to train: {cost}", markup=False)
+    out.print(f"{plan.sentence()}: {cost}", markup=False)
 
 
 def run_sweep(
@@ -113,18 +142,21 @@ def run_sweep(
 
     0: all runs ended (diverged ones among them); 1: some failed; 130 or 143: stopped by Ctrl-C or SIGTERM.
     """
-    _require_folders(project)
+    # better now than after hours
+    for folder in (project.runs, project.results):
+        require_folder(folder)
+    read_results(project)
     client = open_store(project)
     out = console()
     if journals := deliver_journals(client, project):
-        out.print(f"delivered the journals of {journals} runs")
+        out.print(f"delivered the journals of {counted(journals, 'run')}")
     close_dead_runs(client, project)
     plan = plan_sweep(runs, client, project)
     jobs = max(1, min(jobs or default_jobs(plan.runs), len(plan.pending) or 1))
     sweep = Sweep(plan, project, Pool(Settings(project, origin, checkpoint_seconds)), jobs)
     if plan.pending:
         display = display_for(out)
-        display.line(f"{len(plan.runs)} runs, {plan.done} complete, {len(plan.pending)} to train with {jobs} jobs")
+        display.line(f"{plan.sentence()} with {counted(jobs, 'job')}")
         with _signals_stop(sweep):
             sweep.train(display)
         deliver_journals(client, project)
@@ -136,23 +168,10 @@ def run_sweep(
         out.print("tracebacks: artifact traceback.txt of each failed run")
     out.print(export(client, project).sentence())
     if sweep.signal is not None:
-        out.print(f"stopped; {len(sweep.unfinished())} runs go on with the next sweep")
+        left = len(sweep.unfinished())
+        out.print(f"stopped; {counted(left, 'run')} {'goes' if left == 1 else 'go'} on with the next sweep")
         return 128 + sweep.signal
     return 1 if sweep.failures() else 0
-
-
-def _require_folders(project: Project) -> None:
-    """Refuse to start where runs or results cannot be written: better now than after hours."""
-    for folder in (project.runs, project.results):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".probe{os.getpid()}"
-            probe.write_bytes(b"\0" * 4096)
-            probe.unlink()
-        except OSError as error:
-            raise UserError(
-                f"{folder} cannot be written: {sentence_of(error)}; make room or change its rights."
-            ) from error
 
 
 @contextlib.contextmanager
@@ -226,8 +245,7 @@ class Sweep:
 
     def _check_rows(self) -> None:
         """Build every row on the meta device; rows that cannot be built end the sweep before anything trains."""
-        # the last pending run of a row is its smallest
-        to_check = list({(run.experiment, run.row): run for run in self.plan.pending}.values())
+        to_check = rows_to_check(self.plan.pending)
         problems: list[str] = []
         while self.signal is None and (to_check or self.pool.busy()):
             for worker in self.pool.idle():
@@ -241,9 +259,7 @@ class Sweep:
                     problems.extend([content] if content else [])
             if not self.pool.busy() and not self.pool.workers:
                 raise UserError("no worker is left")
-        if problems:
-            count = f"{len(problems)} rows cannot be built; " if len(problems) > 1 else ""
-            raise UserError(f"{count}{'; '.join(sorted(problems))}")
+        refuse_rows(problems)
 
     def _hand_out(self) -> None:
         """Give every idle worker the longest run that nobody else trains."""

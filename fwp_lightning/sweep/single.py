@@ -10,25 +10,40 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError
+from jsonargparse import ActionConfigFile, ArgumentError  # type: ignore[attr-defined]
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from fwp_lightning.errors import UserError
-from fwp_lightning.experiment import Project, Run, sha256_of
+from fwp_lightning.experiment import CHECKPOINT_SECONDS, Project, Run, sha256_of
 from fwp_lightning.sweep.training import (
-    CHECKPOINT_SECONDS,
     ExactCheckpoint,
     Measurements,
     TrackingLogger,
+    build_on_meta,
     divergence_of,
     first_cause,
     publish_checkpoint,
+    quiet_lightning,
+    random_state,
+    set_random_state,
     steps_of,
     write_checkpoint,
 )
-from fwp_lightning.tracking import Origin, RunRecorder, open_store, params_of, run_folder, tags_of
+from fwp_lightning.tracking import Origin, RunRecorder, open_store, params_of, require_folder, tags_of
+
+# names that Lightning resolves itself
+LIGHTNING_CHECKPOINTS = ("best", "last", "hpc", "registry")
+
+
+class StrictParser(LightningArgumentParser):
+    """A parser whose options are written out; jsonargparse makes those of nested classes of its kind too."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        """Allow no abbreviation."""
+        super().__init__(*args, **{**settings, "allow_abbrev": False})
 
 
 class SingleCLI(LightningCLI):
@@ -53,6 +68,12 @@ class SingleCLI(LightningCLI):
         known = LightningCLI.subcommands()
         return {name: known[name] for name in ("fit", "validate", "test")}
 
+    def init_parser(self, **settings: Any) -> LightningArgumentParser:
+        """Return a strict parser of a command."""
+        parser = StrictParser(**settings)
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="configuration file in YAML")
+        return parser
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the command line; a wrong option is one sentence."""
         try:
@@ -63,6 +84,7 @@ class SingleCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return a trainer that logs to the store and saves to the folder of the run."""
         config = self._get(self.config_init, "trainer", default={})
+        self._check(config)
         self.recorder = self._start_recorder()
         self.measurements = Measurements(self.recorder)
         callbacks = [
@@ -75,6 +97,17 @@ class SingleCLI(LightningCLI):
             "enable_checkpointing": False,
         }
         return self._instantiate_trainer({**config, **own, **kwargs}, callbacks)
+
+    def _check(self, config: Any) -> None:
+        """Find what cannot run before a run is recorded: the checkpoint, the model, the trainer."""
+        checkpoint = str(self._get(self.config_init, "ckpt_path", default=None) or "")
+        is_file = checkpoint and checkpoint not in LIGHTNING_CHECKPOINTS and ":" not in checkpoint
+        if is_file and not Path(checkpoint).is_file():
+            raise UserError(f"--ckpt_path {checkpoint}: there is no such file.")
+        before = random_state()
+        build_on_meta(self.model, self.datamodule)
+        set_random_state(before)
+        self._instantiate_trainer({**config, "logger": False, "enable_checkpointing": False}, [])
 
     def _start_recorder(self) -> RunRecorder:
         subcommand = str(self.subcommand)
@@ -123,12 +156,14 @@ def run_single(arguments: list[str], project: Project, origin: Origin) -> int:
     # the constructor trains; a failure in it must still reach the recorder
     cli = SingleCLI.__new__(SingleCLI)
     cli.recorder = None
+    require_folder(project.runs)
     try:
-        cli.__init__(arguments, project, origin)  # type: ignore[misc]
+        with quiet_lightning():
+            cli.__init__(arguments, project, origin)  # type: ignore[misc]
     except BaseException as error:
         if cli.recorder is not None:
             _record_failure(cli.recorder, error)
-        if isinstance(error, ValueError):
+        if isinstance(error, ValueError | MisconfigurationException):
             raise UserError(first_cause(error)) from error
         raise
     _record_success(cli, arguments[0])
@@ -158,4 +193,4 @@ def _record_success(cli: SingleCLI, subcommand: str) -> None:
 
 def run_folder_name(recorder: RunRecorder) -> str:
     """Return the folder of a run as seen from the project."""
-    return str(run_folder(recorder.project, recorder.run_key).relative_to(recorder.project.root))
+    return str(recorder.folder.relative_to(recorder.project.root))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib
+import inspect
 import logging
 import math
 import os
@@ -14,19 +17,21 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import numpy as np
 import torch
 import yaml
 from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from fwp_lightning.errors import RunBusy, RunStopped, sentence_of
-from fwp_lightning.experiment import Config, Project, Run
+from fwp_lightning.experiment import CHECKPOINT_SECONDS, Config, Project, Run
+from fwp_lightning.registry import did_you_mean
 from fwp_lightning.sweep.workers import Outcome
 from fwp_lightning.tracking import (
     Origin,
@@ -43,7 +48,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT_SECONDS = 30.0
 # a run that is asked to stop may end its epoch and save within this time
 STOP_SECONDS = 10.0
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
@@ -92,14 +96,48 @@ def check_run(run: Run) -> str | None:
     """Build a run's data and model on the meta device; return what is wrong with its configuration, None if nothing."""
     place = f"{run.experiment}, row {run.row!r}" + (f", {run.point}" if run.point else "")
     try:
+        if misspelt := unknown_key(run.config):
+            return f"{run.base_file or place}: {misspelt}"
         with quiet_lightning():
             cli = RunCLI(run.config, {"logger": False, **SILENT_TRAINER}, [])
-            build = getattr(cli.model, "build_model", None)
-            if build is not None:
-                with torch.device("meta"):
-                    build(cli.datamodule)
+            build_on_meta(cli.model, cli.datamodule)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - any exception here is a row that cannot run
         return f"{place}: {first_cause(error)}"
+    return None
+
+
+def build_on_meta(task: LightningModule, datamodule: Any) -> None:
+    """Build a task's model without memory and without drawing numbers, so that a wrong choice is found at once."""
+    build = getattr(task, "build_model", None)
+    if build is not None:
+        with torch.device("meta"):
+            build(datamodule)
+
+
+def unknown_key(config: Config) -> str | None:
+    """Return which key of a configuration its class does not have, None if all are known.
+
+    jsonargparse finds such keys too, but says neither what they were meant to be nor where they stand.
+    """
+    parts: list[tuple[str, Any, Config]] = [("trainer", Trainer, config["trainer"])]
+    for part in ("model", "data"):
+        module, _, name = str(config[part]["class_path"]).rpartition(".")
+        parts.append((part, getattr(importlib.import_module(module), name), config[part].get("init_args") or {}))
+    return next((said for part in parts if (said := _unknown_in(*part))), None)
+
+
+def _unknown_in(place: str, kind: Any, settings: Config) -> str | None:
+    signature = inspect.signature(kind)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
+        return None
+    known = list(signature.parameters)
+    types = get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__)
+    for key, value in settings.items():
+        if key not in known:
+            return f"unknown key '{place}.{key}'. {did_you_mean(key, known)}"
+        is_group = isinstance(value, dict) and dataclasses.is_dataclass(types.get(key))
+        if is_group and (said := _unknown_in(f"{place}.{key}", types[key], value)):
+            return said
     return None
 
 
@@ -110,7 +148,8 @@ def first_cause(error: BaseException) -> str:
     # of the alternatives that jsonargparse tried, the first is what was meant, and the value is repeated behind it
     text = str(error).split("Errors:")[-1].split("- Expected a <class 'NoneType'>")[0].split("Given value type:")[0]
     text = " ".join(text.split()).removeprefix("- ")
-    return text[:600] if isinstance(error, ArgumentError | ValueError | TypeError) else sentence_of(error)[:600]
+    plain = ArgumentError | ValueError | TypeError | MisconfigurationException
+    return text[:600] if isinstance(error, plain) else sentence_of(error)[:600]
 
 
 SILENT_TRAINER = {
@@ -127,7 +166,9 @@ def quiet_lightning() -> Iterator[None]:
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\..*")
-        warnings.filterwarnings("ignore", message=".*(num_workers|log_every_n_steps|logging interval).*")
+        warnings.filterwarnings(
+            "ignore", message=".*(num_workers|log_every_n_steps|logging interval|IterableDataset).*"
+        )
         yield
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fwp_lightning.errors import UserError, sentence_of
-from fwp_lightning.experiment import Project, Run
+from fwp_lightning.experiment import CHECKPOINT_SECONDS, Project, Run
 from fwp_lightning.tracking import Origin
 
 # one thread a worker: several small models at once are faster than one on several threads
@@ -41,7 +41,7 @@ class Settings:
 
     project: Project
     origin: Origin
-    checkpoint_seconds: float
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def import_file(name: str) -> None:
     if path.suffix != ".py" and not path.exists():
         try:
             importlib.import_module(name)
-        except Exception as error:
-            raise UserError(f"--import {name}: {type(error).__name__}: {sentence_of(error)}") from error
+        except (Exception, SystemExit) as error:
+            raise UserError(f"--import {name}: {sentence_of(error)}") from error
         return
     if not path.is_file():
         raise UserError(f"--import {name}: there is no such file.")
@@ -77,9 +77,9 @@ def import_file(name: str) -> None:
     sys.modules[path.stem] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[path.stem]
-        raise UserError(f"--import {name}: {type(error).__name__}: {sentence_of(error)}") from error
+        raise UserError(f"--import {name}: {sentence_of(error)}") from error
 
 
 # --- in the worker ---------------------------------------------------------------------------------------------------
