@@ -60,8 +60,9 @@ def experiments() -> set[str]:
 
 
 def reports() -> set[str]:
-    """What `python -m reports` takes: an experiment, or README's own block of results."""
-    return experiments() | {"readme"}
+    """What `python -m reports` takes: an experiment, one that README has its reader write, or README's own block."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return experiments() | set(re.findall(r"^# experiments/(\w+)\.yaml$", readme, flags=re.M)) | {"readme"}
 
 
 def is_target(name: str) -> bool:

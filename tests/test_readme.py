@@ -40,7 +40,7 @@ def project(tmp_path: Path) -> Path:
 def test_a_users_own_map_runs_beside_the_papers_rows(project: Path) -> None:
     commands = next(text for text in blocks("bash") if "fwp sweep mine" in text)
     environment = os.environ | {"FWP_ROOT": str(project), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    programs = {"fwp": [sys.executable, "-m", "fwp_lightning"], "python": [sys.executable]}
+    programs = {".venv/bin/fwp": [sys.executable, "-m", "fwp_lightning"], ".venv/bin/python": [sys.executable]}
     for command in commands.splitlines():
         program, *arguments = command.split()
         result = subprocess.run(
