@@ -7,7 +7,7 @@ embedding(key)] + b_k``; a query is ``q = W_q embedding(key) + b_q``. The output
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,8 @@ from torch.nn.functional import embedding, layer_norm, linear, one_hot
 
 from fwp_lightning.attention import AttentionConfig, FastWeightMemory
 from fwp_lightning.ops import PairMemory, pair_readout
+
+_PLAIN_BACKENDS = {"sum": "chunked", "softmax": "auto"}
 
 
 class RetrievalModel(nn.Module):
@@ -39,6 +41,9 @@ class RetrievalModel(nn.Module):
         super().__init__()
         self.n_keys, self.d_key = n_keys, d_key
         self.readout_norm, self.compute = readout_norm, compute
+        if compute == "plain" and attention.backend == "auto":
+            # as the released code: one sum of outer products, and a loop where a write depends on the one before
+            attention = replace(attention, backend=_PLAIN_BACKENDS.get(attention.rule, "reference"))
         self.memory = FastWeightMemory(attention, d_key)
         # the kernel knows the axes as this module's configuration has them
         self._pair_memory = PairMemory(**{f.name: getattr(attention, f.name) for f in fields(PairMemory)})
@@ -71,21 +76,18 @@ class RetrievalModel(nn.Module):
 
     def forward(self, keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
         """Return predictions ``[B, Q, S]`` for key ids and value ids ``[B, T]`` and queried key ids ``[B, Q]``."""
-        q = linear(embedding(queries, self.key_embedding), self.W_q, self.b_q)
-        if self.compute == "plain":
-            y = self._write_and_read(*self._plain_keys(keys, values), values, q)
-        elif queries.shape[1] == 1 and self._is_compiled():
-            key_table, value_table = self._tables()
-            y = pair_readout(self._pair_memory, key_table, value_table, q[:, 0], keys, values, self._beta(keys, values))
-            y = y.unsqueeze(1)
-        else:
-            key_table, value_table = self._tables()
-            k = embedding(keys, key_table) + embedding(values, value_table)
+        if self.compute != "plain" and queries.shape[1] == 1 and self._is_compiled():
+            projections = (self.key_embedding, self.W_k, self.b_k, self.W_q, self.b_q)
             beta = self._beta(keys, values)
-            if self.memory.has_attention_weights:
-                y = self._scatter_weights(k, beta, values, q)
+            y = pair_readout(self._pair_memory, *projections, keys, values, queries[:, 0], beta).unsqueeze(1)
+        else:
+            q = linear(embedding(queries, self.key_embedding), self.W_q, self.b_q)
+            if self.compute == "plain":
+                y = self._write_and_read(*self._plain_keys(keys, values), values, q)
+            elif self.memory.has_attention_weights:
+                y = self._scatter_weights(*self._factored_keys(keys, values), values, q)
             else:
-                y = self._write_and_read(k, beta, values, q)
+                y = self._write_and_read(*self._factored_keys(keys, values), values, q)
         return layer_norm(y, (self.n_keys,)) if self.readout_norm == "layer_norm" else y
 
     def _is_compiled(self) -> bool:
@@ -118,10 +120,11 @@ class RetrievalModel(nn.Module):
             return k, None
         return k, torch.sigmoid(linear(pairs, self.W_beta, self.b_beta)).squeeze(-1)
 
-    def _tables(self) -> tuple[Tensor, Tensor]:
-        """Return ``[S, D]`` each: the key half of ``k`` for every key id, its value half for every value id."""
+    def _factored_keys(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Add up keys from two tables ``[S, D]``: one for the key ids and one for the value ids."""
         W_value, W_embedding = self.W_k.split([self.n_keys, self.key_embedding.shape[1]], dim=1)
-        return linear(self.key_embedding, W_embedding, self.b_k), W_value.T
+        key_table, value_table = linear(self.key_embedding, W_embedding, self.b_k), W_value.T
+        return embedding(keys, key_table) + embedding(values, value_table), self._beta(keys, values)
 
     def _beta(self, keys: Tensor, values: Tensor) -> Tensor | None:
         if not self.memory.rule.uses_beta:

@@ -1,4 +1,4 @@
-"""One query read from a memory that was written by pairs out of tables: the retrieval task's training step, compiled.
+"""One query read from a memory of key-value pairs: the retrieval task's training step, compiled.
 
 ``csrc/pair_readout.cpp`` computes phi, the rule, the read-out and all gradients without building keys, features or
 memory for the whole batch (the fwm rule keeps its memories). ``models.retrieval`` has the same function in PyTorch.
@@ -7,6 +7,7 @@ memory for the whole batch (the fwm rule keeps its memories). ``models.retrieval
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,7 @@ class PairMemory:
     attention_norm_eps: float
     output_scale: str = "none"
 
+    @functools.cache  # noqa: B019 - asked at every step; there are as many entries as configurations
     def why_not(self, dtype: torch.dtype, device: torch.device) -> str | None:
         """Return the sentence why the kernel cannot compute this, or None if it can (it is built if need be)."""
         normalisation = (self.rule, self.phi_norm, self.attention_norm)
@@ -66,28 +68,33 @@ _NORMALISATIONS = {
 
 def pair_readout(
     memory: PairMemory,
-    key_table: Tensor,
-    value_table: Tensor,
-    query: Tensor,
+    embedding: Tensor,
+    W_k: Tensor,
+    b_k: Tensor,
+    W_q: Tensor,
+    b_q: Tensor,
     keys: Tensor,
     values: Tensor,
+    queries: Tensor,
     beta: Tensor | None = None,
 ) -> Tensor:
     """Return ``y`` ``[B, S]``, what a query reads after all pairs were written; values are one-hot in S dimensions.
 
-    The key of the pair ``(i, j)`` is ``phi(key_table[i] + value_table[j])``. Tables are ``[S, D]``, a query ``[B, D]``,
-    ids ``[B, T]``, write strengths ``[B, T]``; differentiable in tables, query and beta. Raises ``ValueError`` with the
-    reason if it cannot run.
+    The key of the pair ``(i, j)`` is ``phi(W_k [onehot(j), embedding[i]] + b_k)``, the query of the key ``i`` is
+    ``phi(W_q embedding[i] + b_q)``. Sizes: embedding ``[S, e]``, W_k ``[D, S + e]``, W_q ``[D, e]``, keys and values
+    ``[B, T]`` ids, queries ``[B]`` ids, beta ``[B, T]`` write strengths. Differentiable in all but the ids. Raises
+    ``ValueError`` with the reason if it cannot run.
     """
-    reason = memory.why_not(key_table.dtype, key_table.device)
+    reason = memory.why_not(embedding.dtype, embedding.device)
     if reason:
         raise ValueError(reason)
-    for name, ids in (("keys", keys), ("values", values)):
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < key_table.shape[0]:
-            raise ValueError(f"{name} has an id outside 0 .. {key_table.shape[0] - 1}")
+    for name, ids in (("keys", keys), ("values", values), ("queries", queries)):
+        low, high = (0, 0) if ids.numel() == 0 else (int(x) for x in ids.aminmax())
+        if not 0 <= low <= high < embedding.shape[0]:
+            raise ValueError(f"{name} has an id outside 0 .. {embedding.shape[0] - 1}")
     if beta is None:
-        beta = key_table.new_ones(keys.shape)
-    y: Tensor = _PairReadout.apply(memory, key_table, value_table, query, beta, keys, values)
+        beta = embedding.new_ones(keys.shape)
+    y: Tensor = _PairReadout.apply(memory, embedding, W_k, b_k, W_q, b_q, beta, keys, values, queries)
     return y
 
 
@@ -103,32 +110,52 @@ class _Problem(ctypes.Structure):
 
 
 class _PairReadout(Function):
+    """One node for the whole read-out: at the paper's small sizes autograd's own work is most of a step."""
+
     @staticmethod
-    def forward(ctx: Any, memory: PairMemory, *tensors: Tensor) -> Tensor:
-        tensors = tuple(x.contiguous() for x in tensors)
+    def forward(
+        ctx: Any,
+        memory: PairMemory,
+        embedding: Tensor,
+        W_k: Tensor,
+        b_k: Tensor,
+        W_q: Tensor,
+        b_q: Tensor,
+        *rest: Tensor,
+    ) -> Tensor:
+        beta, keys, values, queries = (x.contiguous() for x in rest)
+        n_values = embedding.shape[0]
+        # the key projection falls into one table for key ids and one for value ids
+        key_table = torch.addmm(b_k, embedding, W_k[:, n_values:].T)
+        value_table = W_k[:, :n_values].T.contiguous()
+        queried = embedding[queries]
+        tensors = (key_table, value_table, torch.addmm(b_q, queried, W_q.T), beta, keys, values)
         problem = _problem(memory, *tensors)
-        key_table, query = tensors[0], tensors[2]
-        b, t = tensors[4].shape
-        n_values = key_table.shape[0]
-        y = query.new_zeros(b, n_values)
-        weights, totals = query.new_empty(b, t), query.new_empty(b)
-        kept = query.new_empty(_kept_numbers(memory, b, t, *key_table.shape))
-        scratch = _scratch(problem, query)
-        _call("forward", problem, query, y, weights, totals, kept, scratch)
+        b, t = keys.shape
+        y = embedding.new_zeros(b, n_values)
+        weights, totals = y.new_empty(b, t), y.new_empty(b)
+        kept = y.new_empty(_kept_numbers(memory, b, t, *key_table.shape))
+        _call("forward", problem, y, y, weights, totals, kept, _scratch(problem, y))
         ctx.memory = memory
-        ctx.save_for_backward(*tensors, weights, totals, kept)
+        ctx.save_for_backward(embedding, W_k, W_q, queried, queries, *tensors, weights, totals, kept)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, weights, totals, kept = ctx.saved_tensors
-        key_table, value_table, query, beta = tensors[:4]
+        embedding, W_k, W_q, queried, queries, *tensors, weights, totals, kept = ctx.saved_tensors
         problem = _problem(ctx.memory, *tensors)
-        grads = [torch.zeros_like(x) for x in (key_table, value_table, query, beta)]
-        scratch = _scratch(problem, query)
-        _call("backward", problem, query, grad_y.contiguous(), weights, totals, kept, *grads, scratch)
-        return None, *grads, None, None
+        grads = [torch.zeros_like(x) for x in tensors[:4]]
+        _call(
+            "backward", problem, grad_y, grad_y.contiguous(), weights, totals, kept, *grads, _scratch(problem, grad_y)
+        )
+        grad_key_table, grad_value_table, grad_query, grad_beta = grads
+        n_values = embedding.shape[0]
+        grad_W_k = torch.cat([grad_value_table.T, grad_key_table.T @ embedding], dim=1)
+        grad_embedding = (grad_key_table @ W_k[:, n_values:]).index_add_(0, queries, grad_query @ W_q)
+        grad_W_q = grad_query.T @ queried
+        projections = (grad_W_k, grad_key_table.sum(0), grad_W_q, grad_query.sum(0))
+        return None, grad_embedding, *projections, grad_beta, None, None, None
 
 
 def _problem(memory: PairMemory, *tensors: Tensor) -> _Problem:
