@@ -130,7 +130,8 @@ def _compile(cxx: str, source: Path, target: Path) -> None:
 def _fingerprint(source: Path, cxx: str) -> str:
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=False).stdout
     digest = hashlib.sha256()
-    for part in (source.read_text(), version, " ".join(FLAGS), _processor()):
+    headers = (path.read_text() for path in sorted(source.parent.glob("*.h")))
+    for part in (source.read_text(), *headers, version, " ".join(FLAGS), _processor()):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:16]
 

@@ -6,28 +6,14 @@
 #include <cstdint>
 #include <cstring>
 
+#include "lanes.h"
+
 namespace {
 
-constexpr int LANES = 16;
-typedef float V __attribute__((vector_size(LANES * sizeof(float))));
-typedef int32_t I __attribute__((vector_size(LANES * sizeof(int32_t))));
+typedef Lanes<float>::type V;
 
 inline V exp_flushing(V x) {
-    const V bounded = x < -87.0f ? V{} - 87.0f : (x > 88.0f ? V{} + 88.0f : x);
-    const V shifter = V{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    const V n = (bounded * 1.44269504088896341f + shifter) - shifter;
-    const V r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
-    V p = V{} + 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    const I power = (__builtin_convertvector(n, I) + 127) << 23;
-    V scale;
-    std::memcpy(&scale, &power, sizeof scale);
-    const V e = p * scale;
+    const V e = exp_in_range(x < -87.0f ? V{} - 87.0f : (x > 88.0f ? V{} + 88.0f : x));
     return x <= -87.0f ? V{} : (x > 88.0f ? V{} + INFINITY : e);
 }
 

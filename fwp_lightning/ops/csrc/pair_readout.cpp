@@ -9,22 +9,12 @@
 #include <cstdint>
 #include <cstring>
 
-namespace {
+#include "lanes.h"
 
-constexpr int LANES = 16;
+namespace {
 
 enum Rule { SUM = 0, DELTA = 1, FWM = 2 };
 enum Map { ELU = 0, DPFP = 1, TANH = 2 };
-
-template <class Real> struct Lanes;
-template <> struct Lanes<float> {
-    typedef float type __attribute__((vector_size(LANES * sizeof(float))));
-    typedef int32_t bits __attribute__((vector_size(LANES * sizeof(int32_t))));
-};
-template <> struct Lanes<double> {
-    typedef double type __attribute__((vector_size(LANES * sizeof(double))));
-    typedef int64_t bits __attribute__((vector_size(LANES * sizeof(int64_t))));
-};
 
 // NaN < 0 is false: a NaN stays a NaN
 template <class V> inline V positive_part(V x) { return x < 0 ? V{} : x; }
@@ -32,23 +22,7 @@ template <class V> inline V negative_part(V x) { return x > 0 ? V{} : x; }
 
 // exp for x <= 0; results below e^-87 become e^-87, which is 0 beside the features that ELU+1 adds up
 inline Lanes<float>::type exp_negative(Lanes<float>::type x) {
-    using V = Lanes<float>::type;
-    using I = Lanes<float>::bits;
-    x = x < -87.0f ? V{} - 87.0f : x;
-    const V shifter = V{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    const V n = (x * 1.44269504088896341f + shifter) - shifter;
-    const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    V p = V{} + 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    const I power = (__builtin_convertvector(n, I) + 127) << 23;
-    V scale;
-    std::memcpy(&scale, &power, sizeof scale);
-    return p * scale;
+    return exp_in_range(x < -87.0f ? Lanes<float>::type{} - 87.0f : x);
 }
 
 inline Lanes<double>::type exp_negative(Lanes<double>::type x) {

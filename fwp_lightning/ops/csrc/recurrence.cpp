@@ -10,11 +10,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "lanes.h"
+
 namespace {
-
-constexpr int LANES = 16;
-
-template <class Real> struct Lanes { typedef Real type __attribute__((vector_size(LANES * sizeof(Real)))); };
 
 template <class Real> struct Problem {
     int64_t batch, steps, heads, keys, values;  // B, T, H, K, V
