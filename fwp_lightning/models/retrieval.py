@@ -17,7 +17,7 @@ from torch.nn.functional import embedding, layer_norm, linear, one_hot
 from fwp_lightning.attention import AttentionConfig, FastWeightMemory
 from fwp_lightning.ops import PairMemory, pair_readout
 
-_PLAIN_BACKENDS = {"sum": "chunked", "softmax": "auto"}
+_PLAIN_BACKENDS = {"sum": "chunked", "delta": "reference", "fwm": "reference"}
 
 
 class RetrievalModel(nn.Module):
@@ -43,7 +43,7 @@ class RetrievalModel(nn.Module):
         self.readout_norm, self.compute = readout_norm, compute
         if compute == "plain" and attention.backend == "auto":
             # as the released code: one sum of outer products, and a loop where a write depends on the one before
-            attention = replace(attention, backend=_PLAIN_BACKENDS.get(attention.rule, "reference"))
+            attention = replace(attention, backend=_PLAIN_BACKENDS.get(attention.rule, "auto"))
         self.memory = FastWeightMemory(attention, d_key)
         # the kernel knows the axes as this module's configuration has them
         self._pair_memory = PairMemory(**{f.name: getattr(attention, f.name) for f in fields(PairMemory)})
