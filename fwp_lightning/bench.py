@@ -35,7 +35,7 @@ class Shape:
     sizes: tuple[int, int, int, int, int]
 
 
-# the paper's small and medium language models, a long sequence, and the small model with DPFP-3
+# the paper's small and medium language models, and the small one with DPFP-3
 SHAPES = [
     Shape("S1 B8 H8 T256 16x16", (8, 256, 8, 16, 16)),
     Shape("S2 B8 H8 T384 32x32", (8, 384, 8, 32, 32)),

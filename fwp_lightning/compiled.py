@@ -31,7 +31,7 @@ FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
     "-Wno-psabi",
-    # a pragma that a compiler without OpenMP would ignore anyway
+    # heads are spread over torch's number of threads
     "-fopenmp",
 )
 BUILD_SECONDS = 300
