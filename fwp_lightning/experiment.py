@@ -32,6 +32,8 @@ LARGEST_SEED = 2**32 - 1
 # seconds of training between two checkpoints of a run
 CHECKPOINT_SECONDS = 30.0
 BASE_KEYS = ("seed_everything", "trainer", "model", "data")
+# options that came after runs had been made: dotted option -> the value at which it changes nothing
+ADDED = "added"
 EXPERIMENT_KEYS = (
     "title", "source", "base", "protocol", "seeds", "rows", "grid", "protocols", "profiles", "deviations", "report",
 )  # fmt: skip
@@ -147,6 +149,8 @@ class Experiment:
     title: str = ""
     source: str = ""
     base_file: str = ""
+    added: Config = field(default_factory=dict)
+    """Options younger than the first runs: dotted option -> the value at which it changes nothing"""
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,8 @@ class Run:
     """File of the base configuration, for complaints about it"""
     imported: tuple[str, ...] = ()
     """SHA-256 of the user's files that the run's rule or feature map comes from, see ``with_imports``"""
+    added: Config = field(default_factory=dict)
+    """Options that leave the run what it is while they have this value, see ``Experiment.added``"""
 
     @property
     def name(self) -> str:
@@ -203,12 +209,26 @@ class Run:
         place = [self.experiment, self.row, self.point, self.seed, self.profile, self.protocol, self.version]
         # runs of the suite's own parts share their keys, whatever else was imported beside them
         files = [list(self.imported)] if self.imported else []
-        return sha256_of([*place, without_paths(self.config), *files])[:16]
+        return sha256_of([*place, without_paths(self._config_as_first_made), *files])[:16]
 
     @cached_property
     def config_sha256(self) -> str:
         """SHA-256 of the resolved configuration."""
-        return sha256_of(self.config)
+        return sha256_of(self._config_as_first_made)
+
+    @property
+    def _config_as_first_made(self) -> Config:
+        """The configuration without added options that change nothing: a run made before them is still this run."""
+        config = copy.deepcopy(self.config)
+        for key, neutral in self.added.items():
+            *parents, last = key.split(".")
+            node: Any = config
+            for part in parents:
+                node = _inside(node, part)[part]
+            node = _inside(node, last)
+            if node[last] == neutral and type(node[last]) is type(neutral):
+                del node[last]
+        return config
 
 
 def sha256_of(value: Any) -> str:
@@ -393,7 +413,7 @@ class _Reader:
     def experiment(self, name: str, content: Config, project: Project) -> Experiment:
         self.known_keys(content, EXPERIMENT_KEYS, "")
         base_file = self.text(content, "base")
-        base = read_base(project.experiments / base_file)
+        base, added = read_base(project.experiments / base_file)
         rows = {row: settings or {} for row, settings in self.mapping(content, "rows").items()}
         if not rows:
             raise self.fail("rows", "is missing; name at least one row.")
@@ -420,6 +440,7 @@ class _Reader:
             title=self.text(content, "title", ""),
             source=self.text(content, "source", ""),
             base_file=f"experiments/{base_file}",
+            added=added,
         )
 
     def protocols(self, content: Config, base: Config, rows: Config) -> dict[str, Protocol]:
@@ -494,19 +515,23 @@ class _Reader:
         return ViewFilter(rows=self.row_names(content, parent.rows, place), grid=grid)
 
 
-def read_base(path: Path) -> Config:
-    """Return a complete LightningCLI configuration."""
+def read_base(path: Path) -> tuple[Config, Config]:
+    """Return a complete LightningCLI configuration, and its options that came later with their neutral values."""
     base = read_yaml(path)
+    added = base.pop(ADDED, None) or {}
+    if not isinstance(added, dict):
+        raise UserError(f"{path}: {ADDED} must be a mapping of options to neutral values, not {added!r}.")
     for key in BASE_KEYS:
         if key not in base:
             raise UserError(f"{path}: the key {key!r} is missing; a base configuration is complete.")
     for key in base:
         if key not in BASE_KEYS:
-            raise UserError(f"{path}: unknown key {key!r}. {did_you_mean(str(key), list(BASE_KEYS))}")
+            raise UserError(f"{path}: unknown key {key!r}. {did_you_mean(str(key), [*BASE_KEYS, ADDED])}")
     seed = base["seed_everything"]
     if type(seed) is not int or not 0 <= seed <= LARGEST_SEED:
         raise UserError(f"{path}: seed_everything={seed!r} must be a whole number from 0 to {LARGEST_SEED}.")
-    return base
+    merge(copy.deepcopy(base), added, f"{path}: {ADDED}")
+    return base, added
 
 
 # --- resolving -------------------------------------------------------------------------------------------------------
@@ -617,6 +642,7 @@ def _resolve(experiment: Experiment, row: str, point: Config, seed: int, profile
         config=config,
         deviations=" ".join(sentence for sentence in sentences if sentence),
         base_file=experiment.base_file,
+        added=experiment.added,
     )
 
 

@@ -274,3 +274,26 @@ def test_only_runs_of_the_users_own_parts_depend_on_imported_files(toy):
     tied = {new for old, run in zip(plain, with_imports(plain, ["0" * 64], {"elu"}), strict=True)
             if (new := run.row) and old.run_key != run.run_key}  # fmt: skip
     assert tied == {"tanh"}
+
+
+def test_an_added_option_keeps_old_keys_while_it_is_neutral_and_makes_new_ones_elsewhere(toy):
+    def keys():
+        return {run.name: (run.run_key, run.config_sha256) for run in toy.runs()}
+
+    before = keys()
+    toy.edit("base/toy", "nu: 1}", "nu: 1, depth: 0}")
+    assert not set(keys().values()) & set(before.values())
+    toy.edit("base/toy", "data_dir: data}}", "data_dir: data}}\nadded: {model.attention.depth: 0}")
+    assert keys() == before
+    assert toy.runs()[0].config["model"]["init_args"]["attention"]["depth"] == 0
+
+    toy.edit("toy", "plain: {}", "plain: {model.attention.depth: 1}")
+    assert {name for name, key in keys().items() if key != before[name]} == {
+        name for name in before if "/plain/" in name
+    }
+
+
+def test_an_added_option_that_the_base_lacks_is_named(toy):
+    toy.edit("base/toy", "data_dir: data}}", "data_dir: data}}\nadded: {model.attention.mu: 0}")
+    with pytest.raises(UserError, match=r"added: the base configuration has no key 'model.attention.mu'"):
+        toy.runs()
