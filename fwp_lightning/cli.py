@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fwp_lightning import processor
 from fwp_lightning.errors import UserError
 from fwp_lightning.experiment import CHECKPOINT_SECONDS, LARGEST_SEED, PROFILES
 from fwp_lightning.registry import did_you_mean
@@ -40,6 +42,7 @@ EXAMPLES = """examples:
   fwp list                                  what can be chosen, and what can run here
   fwp sweep figure2 --dry-run               the runs of an experiment, and what they will cost
   fwp sweep figure2 figure5 --jobs 2        train what is not complete yet; run it again to go on
+  fwp build-kernels --isa all               compile for any x86-64 machine now, not on first use
   fwp report figure2                        draw the figure from results/*.csv
   fwp fit --config experiments/base/retrieval.yaml --model.attention.rule delta
 """
@@ -139,6 +142,12 @@ def build_parser() -> argparse.ArgumentParser:
     status = _add(commands, "status", _status, "show how far every experiment is")
     status.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="default: those with a tracked run")
     _add(commands, "export", _export, "write the tracked runs to results/runs.csv and results/metrics.csv")
+    building = _add(commands, "build-kernels", _build_kernels, "build the C++ kernels ahead, into the cache")
+    building.add_argument(
+        "--isa",
+        choices=["all", *processor.LEVELS],
+        help="instruction set: AVX-512 (v4), AVX2 (v3) or any x86-64 (default: this processor's, or FWP_ISA)",
+    )
     listing = _add(commands, "list", _list, "list experiments, rules, feature maps and backends")
     listing.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -309,6 +318,15 @@ def _export(options: argparse.Namespace) -> int:
     deliver_journals(client, project)
     print(export(client, project).sentence())
     return 0
+
+
+def _build_kernels(options: argparse.Namespace) -> int:
+    from fwp_lightning import compiled
+
+    failures = compiled.build_ahead(processor.levels_to_build(options.isa), functools.partial(print, flush=True))
+    for failure in failures:
+        print(f"fwp: error: {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 def _warn(problem: object) -> None:

@@ -19,10 +19,12 @@ from torch.autograd.function import once_differentiable
 
 from fwp_lightning import compiled
 
+KERNEL = "pair_readout"
+# the most sequences that any instruction set computes side by side
 LANES = 16
 RULES = {"sum": 0, "delta": 1, "fwm": 2}
 FEATURE_MAPS = {"elu": 0, "dpfp": 1, "tanh": 2}
-_DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+_DTYPES = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class PairMemory:
         for name, value, known in checks:
             if value not in known:
                 return f"the compiled read-out has no {name} {value}; it has {', '.join(str(x) for x in known)}"
-        return compiled.why_unavailable("pair_readout")
+        return compiled.why_unavailable(KERNEL)
 
 
 _NORMALISATIONS = {
@@ -184,12 +186,8 @@ def _kept_numbers(memory: PairMemory, batch: int, steps: int, n_values: int, siz
 
 
 def _scratch(problem: _Problem, like: Tensor) -> Tensor:
-    function = getattr(compiled.library("pair_readout"), f"fwp_pair_readout_scratch_{_DTYPES[like.dtype]}")
-    function.restype = ctypes.c_int64
-    return like.new_empty(function(ctypes.byref(problem)))
+    return like.new_empty(compiled.count(KERNEL, "scratch", like.dtype, problem))
 
 
 def _call(direction: str, problem: _Problem, like: Tensor, *buffers: Tensor) -> None:
-    function = getattr(compiled.library("pair_readout"), f"fwp_pair_readout_{direction}_{_DTYPES[like.dtype]}")
-    function.restype = None
-    function(ctypes.byref(problem), *(ctypes.c_void_p(x.data_ptr()) for x in buffers))
+    compiled.call(KERNEL, direction, like.dtype, problem, *buffers)

@@ -16,7 +16,7 @@ from fwp_lightning.ops import chunked
 KERNEL = "recurrence"
 # steps between kept states: K V / 32 numbers a step are kept, and 32 memories of one block are written again at a time
 INTERVAL = 32
-_DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+_DTYPES = (torch.float32, torch.float64)
 
 
 def why_not(k: Tensor) -> str | None:
@@ -109,11 +109,5 @@ def _problem(inputs: list[Tensor | None]) -> _Problem:
 
 
 def _call(direction: str, problem: _Problem, like: Tensor, *buffers: Tensor) -> None:
-    suffix = _DTYPES[like.dtype]
-    library = compiled.library(KERNEL)
-    size = getattr(library, f"fwp_recurrence_scratch_{suffix}")
-    size.restype = ctypes.c_int64
-    scratch = like.new_empty(size(ctypes.byref(problem)))
-    function = getattr(library, f"fwp_recurrence_{direction}_{suffix}")
-    function.restype = None
-    function(ctypes.byref(problem), *(ctypes.c_void_p(x.data_ptr()) for x in (*buffers, scratch)))
+    scratch = like.new_empty(compiled.count(KERNEL, "scratch", like.dtype, problem))
+    compiled.call(KERNEL, direction, like.dtype, problem, *buffers, scratch)

@@ -185,10 +185,15 @@ def _exponential_rows(exponent_BHTE: Tensor, offset_BHT: Tensor, phi_q_BHE: Tens
         return features, (phi_q_BHE.unsqueeze(-2) @ features.mT).squeeze(-2)
     features, offset, phi_q = exponent_BHTE.contiguous(), offset_BHT.contiguous(), phi_q_BHE.contiguous()
     kernel = torch.empty_like(offset)
-    sizes = (ctypes.c_int64(n) for n in (offset.numel(), features.shape[-1], features.shape[-2]))
-    buffers = (ctypes.c_void_p(x.data_ptr()) for x in (features, offset, phi_q, kernel))
-    compiled.library("exponential_rows").fwp_exponential_rows(*sizes, *buffers)
+    problem = _Rows(offset.numel(), features.shape[-1], features.shape[-2])
+    compiled.call("exponential_rows", "forward", features.dtype, problem, features, offset, phi_q, kernel)
     return features, kernel
+
+
+class _Rows(ctypes.Structure):
+    """``Problem`` of the C++ source."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("rows", "columns", "rows_per_group")]
 
 
 class _QuadraticForm(Function):

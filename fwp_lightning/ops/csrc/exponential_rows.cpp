@@ -23,13 +23,18 @@ inline V load(const float *from, int64_t n) {
     return out;
 }
 
+struct Problem {
+    int64_t rows, columns, rows_per_group;
+};
+
 }  // namespace
 
-extern "C" void fwp_exponential_rows(int64_t rows, int64_t columns, int64_t rows_per_group, float *x, const float *offset,
-                                     const float *query, float *kernel) {
-    for (int64_t r = 0; r < rows; ++r) {
+extern "C" void fwp_exponential_rows_forward_float32(const Problem *p, float *x, const float *offset, const float *query,
+                                                     float *kernel) {
+    const int64_t columns = p->columns;
+    for (int64_t r = 0; r < p->rows; ++r) {
         float *row = x + r * columns;
-        const float *q = query + (r / rows_per_group) * columns;
+        const float *q = query + (r / p->rows_per_group) * columns;
         V sum{};
         for (int64_t e = 0; e < columns; e += LANES) {
             const int64_t n = columns - e < LANES ? columns - e : LANES;

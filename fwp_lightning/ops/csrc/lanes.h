@@ -6,7 +6,14 @@
 
 namespace {
 
+// as many numbers as a register holds: a wider vector would live in memory
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
 
 template <class Real> struct Lanes;
 template <> struct Lanes<float> {
