@@ -67,6 +67,11 @@ class Project:
         return self.root / "results"
 
     @property
+    def data(self) -> Path:
+        """Folder of downloaded corpora and of token files."""
+        return self.root / "data"
+
+    @property
     def artifacts(self) -> Path:
         """Folder under which MLflow keeps artifacts."""
         return self.root / "mlartifacts"
