@@ -66,7 +66,7 @@ def backends() -> list[BackendEntry]:
 
 def kernels() -> list[BackendEntry]:
     """Return the C++ kernels of the retrieval task; `auto` takes them where they are available."""
-    uses = {"pair_readout": ("sum", "delta", "fwm"), "exponential_rows": ("sum with favor",)}
+    uses = {"pair_training": ("softmax", "sum", "delta", "fwm")}
     return [BackendEntry(name, rules_, *compiled.outlook(name)) for name, rules_ in uses.items()]
 
 

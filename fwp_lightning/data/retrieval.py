@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from fwp_lightning.seeding import generator_for
+from fwp_lightning.seeding import numpy_generator_for
 
 
 class RetrievalBlock(NamedTuple):
@@ -103,7 +104,9 @@ class RetrievalData(L.LightningDataModule):
     def block(self, index: int) -> RetrievalBlock:
         """Return the training data of block ``index``, the same whenever it is asked for."""
         shape = (self.steps_per_block, self.batch_size)
-        return draw_block(shape, self.n_keys, self.length, self.replacement, generator_for(self.seed, "train", index))
+        return draw_block(
+            shape, self.n_keys, self.length, self.replacement, numpy_generator_for(self.seed, "train", index)
+        )
 
     def evaluation(self, index: int) -> RetrievalEvaluation:
         """Return the evaluation data that follow block ``index``."""
@@ -113,7 +116,7 @@ class RetrievalData(L.LightningDataModule):
             self.n_keys,
             length,
             self.replacement,
-            generator_for(self.seed, "valid", index),
+            numpy_generator_for(self.seed, "valid", index),
         )
         return all_queries(keys, values, self.n_keys, self.max_queries)
 
@@ -142,23 +145,26 @@ class _OnePerEpoch(IterableDataset):  # type: ignore[type-arg]
 
 
 def draw_pairs(
-    shape: tuple[int, ...], n_keys: int, length: int, replacement: bool, generator: torch.Generator
+    shape: tuple[int, ...], n_keys: int, length: int, replacement: bool, generator: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
     """Return key ids and value ids, each ``[*shape, length]``."""
     if replacement:
-        return tuple(torch.randint(n_keys, (*shape, length), generator=generator) for _ in range(2))  # type: ignore[return-value]
-    return tuple(torch.rand(*shape, n_keys, generator=generator).argsort(-1)[..., :length] for _ in range(2))  # type: ignore[return-value]
+        keys, values = (generator.integers(n_keys, size=(*shape, length)) for _ in range(2))
+    else:
+        ids = np.broadcast_to(np.arange(n_keys), (*shape, n_keys))
+        keys, values = (generator.permuted(ids, axis=-1)[..., :length] for _ in range(2))
+    return torch.from_numpy(keys), torch.from_numpy(values)
 
 
 def draw_block(
-    shape: tuple[int, int], n_keys: int, length: int, replacement: bool, generator: torch.Generator
+    shape: tuple[int, int], n_keys: int, length: int, replacement: bool, generator: np.random.Generator
 ) -> RetrievalBlock:
     """Return sequences ``[N, B, T]`` and for each the key at a uniformly drawn position with its last value."""
     keys, values = draw_pairs(shape, n_keys, length, replacement, generator)
-    position = torch.randint(length, (*shape, 1), generator=generator)
-    query = keys.gather(-1, position)
-    steps = torch.arange(length)
-    last = torch.where(keys == query, steps, -1).amax(-1, keepdim=True)
+    last = torch.from_numpy(generator.integers(length, size=(*shape, 1)))
+    query = keys.gather(-1, last)
+    if replacement:
+        last = torch.where(keys == query, torch.arange(length), -1).amax(-1, keepdim=True)
     return RetrievalBlock(keys, values, query, values.gather(-1, last))
 
 

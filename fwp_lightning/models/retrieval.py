@@ -7,7 +7,7 @@ embedding(key)] + b_k``; a query is ``q = W_q embedding(key) + b_q``. The output
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, layer_norm, linear, one_hot
 
 from fwp_lightning.attention import AttentionConfig, FastWeightMemory
-from fwp_lightning.ops import PairMemory, pair_readout
+from fwp_lightning.ops import PairMemory, PairParameters
 
 _PLAIN_BACKENDS = {"sum": "chunked", "delta": "reference", "fwm": "reference"}
 
@@ -26,8 +26,8 @@ class RetrievalModel(nn.Module):
     ``compute="plain"`` is the definition: pairs are embedded one by one and written into the memory.
     ``compute="factored"`` is the same function of the same parameters, using three facts: ``W_k`` acts on one-hot
     values and on few embeddings, so projections are tables; values are one-hot, so the read-out is a scatter of
-    attention weights; a query that is read last needs those weights only, not the memory. ``compute="compiled"`` has
-    the training step of some rules and maps in C++, and ``auto`` takes it where it exists.
+    attention weights; a query that is read last needs those weights only, not the memory. With ``compute="compiled"``
+    the task trains in C++ (``pair_training``) and evaluates factored, and ``auto`` does so wherever it can.
     """
 
     def __init__(
@@ -45,8 +45,6 @@ class RetrievalModel(nn.Module):
             # as the released code: one sum of outer products, and a loop where a write depends on the one before
             attention = replace(attention, backend=_PLAIN_BACKENDS.get(attention.rule, "auto"))
         self.memory = FastWeightMemory(attention, d_key)
-        # the kernel knows the axes as this module's configuration has them
-        self._pair_memory = PairMemory(**{f.name: getattr(attention, f.name) for f in fields(PairMemory)})
         # the released code's size of an embedding: 1.1 times the whole vocabulary of keys and values
         d_embedding = int((n_keys + n_keys) * 1.1)
         d_pair = n_keys + d_embedding
@@ -76,28 +74,56 @@ class RetrievalModel(nn.Module):
 
     def forward(self, keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
         """Return predictions ``[B, Q, S]`` for key ids and value ids ``[B, T]`` and queried key ids ``[B, Q]``."""
-        if self.compute != "plain" and queries.shape[1] == 1 and self._is_compiled():
-            projections = (self.key_embedding, self.W_k, self.b_k, self.W_q, self.b_q)
-            beta = self._beta(keys, values)
-            y = pair_readout(self._pair_memory, *projections, keys, values, queries[:, 0], beta).unsqueeze(1)
+        q = linear(embedding(queries, self.key_embedding), self.W_q, self.b_q)
+        if self.compute == "plain":
+            y = self._write_and_read(*self._plain_keys(keys, values), values, q)
+        elif self.memory.has_attention_weights:
+            y = self._scatter_weights(*self._factored_keys(keys, values), values, q)
         else:
-            q = linear(embedding(queries, self.key_embedding), self.W_q, self.b_q)
-            if self.compute == "plain":
-                y = self._write_and_read(*self._plain_keys(keys, values), values, q)
-            elif self.memory.has_attention_weights:
-                y = self._scatter_weights(*self._factored_keys(keys, values), values, q)
-            else:
-                y = self._write_and_read(*self._factored_keys(keys, values), values, q)
+            y = self._write_and_read(*self._factored_keys(keys, values), values, q)
         return layer_norm(y, (self.n_keys,)) if self.readout_norm == "layer_norm" else y
 
-    def _is_compiled(self) -> bool:
-        """Whether the compiled read-out serves; asked for by name it must."""
-        if self.compute == "factored" or (self.compute == "auto" and self.memory.config.backend != "auto"):
+    def is_compiled(self) -> bool:
+        """Whether training runs in C++; ``ValueError`` with the reason where it was asked for by name and cannot."""
+        if self.compute in ("plain", "factored") or (self.compute == "auto" and self.memory.config.backend != "auto"):
             return False
-        reason = self._pair_memory.why_not(self.W_k.dtype, self.W_k.device)
+        reason = self.pair_memory.why_not(self.W_k.dtype, self.W_k.device)
         if reason and self.compute == "compiled":
             raise ValueError(f"model.compute=compiled cannot run: {reason}; set model.compute: auto")
         return reason is None
+
+    @property
+    def pair_memory(self) -> PairMemory:
+        """The model as ``ops.train_pairs`` knows it."""
+        c = self.memory.config
+        favor = c.feature_map == "favor"
+        return PairMemory(
+            rule=c.rule,
+            feature_map=c.feature_map,
+            phi_norm=c.phi_norm,
+            attention_norm=c.attention_norm,
+            output_scale=c.output_scale,
+            nu=c.nu if c.feature_map == "dpfp" else 1,
+            key_norm_eps=c.key_norm_eps,
+            query_norm_eps=c.query_norm_eps,
+            attention_norm_eps=c.attention_norm_eps,
+            stabilizer=c.favor.stabilizer if favor else "none",
+            input_scale=self.d_key**-0.25 if favor and c.favor.scaling == "rsqrt_sqrt_d" else 1.0,
+            kernel_eps=c.favor.kernel_eps if favor else 0.0,
+            layer_norm=self.readout_norm == "layer_norm",
+        )
+
+    @property
+    def pair_parameters(self) -> PairParameters:
+        """The parameters as ``ops.train_pairs`` takes them."""
+        uses_beta = self.memory.rule.uses_beta
+        beta = (self.W_beta, self.b_beta) if uses_beta else (None, None)
+        return PairParameters(self.key_embedding, self.W_k, self.b_k, self.W_q, self.b_q, *beta)
+
+    def training_directions(self, n_steps: int) -> Tensor | None:
+        """Draw FAVOR+'s matrices of the next steps ``[n_steps or 1, m, D]``; None for other maps."""
+        draw = getattr(self.memory.feature_map, "training_directions", None)
+        return None if draw is None else draw(n_steps)
 
     def _write_and_read(self, k: Tensor, beta: Tensor | None, values: Tensor, q: Tensor) -> Tensor:
         # one head: [B, T, 1, D]

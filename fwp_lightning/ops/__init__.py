@@ -10,12 +10,22 @@ from __future__ import annotations
 from torch import Tensor
 
 from fwp_lightning.ops.backends import BACKENDS, backends_of, check, implementation, why_not
-from fwp_lightning.ops.pair_readout import PairMemory, pair_readout
+from fwp_lightning.ops.pair_training import (
+    AdamState,
+    PairBatches,
+    PairMemory,
+    PairParameters,
+    pair_gradients,
+    train_pairs,
+)
 from fwp_lightning.ops.single_read import delta_weights, dpfp_kernel, exponential_kernel, flushing_exp, sum_weights
 
 __all__ = [
     "BACKENDS",
+    "AdamState",
+    "PairBatches",
     "PairMemory",
+    "PairParameters",
     "attention_weights",
     "backends_of",
     "delta_rule",
@@ -23,8 +33,9 @@ __all__ = [
     "exponential_kernel",
     "flushing_exp",
     "fwm_rule",
-    "pair_readout",
+    "pair_gradients",
     "sum_rule",
+    "train_pairs",
     "why_not",
 ]
 

@@ -11,7 +11,6 @@ For a memory written by T pairs and read by q, the output is ``o = sum_t a_t v_t
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 from typing import Any
@@ -21,8 +20,6 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, relu, threshold
-
-from fwp_lightning import compiled
 
 CHUNK = 32  # the measured optimum of 16, 32, 64 for K = 64 .. 256 on CPU
 
@@ -177,23 +174,10 @@ class _ExponentialKernel(Function):
 
 def _exponential_rows(exponent_BHTE: Tensor, offset_BHT: Tensor, phi_q_BHE: Tensor) -> tuple[Tensor, Tensor]:
     """Return exp(exponent - offset), computed in place, and its dot products with the query, ``[B, H, T]``."""
-    cpu_float = exponent_BHTE.dtype == torch.float32 and exponent_BHTE.device.type == "cpu"
-    if not (cpu_float and compiled.why_unavailable("exponential_rows") is None):
-        exponent = exponent_BHTE.sub_(offset_BHT.unsqueeze(-1))
-        floor = _exponent_floor(exponent.dtype)
-        features = torch.threshold_(exponent.clamp_(min=floor).exp_(), 1.01 * math.exp(floor), 0.0)
-        return features, (phi_q_BHE.unsqueeze(-2) @ features.mT).squeeze(-2)
-    features, offset, phi_q = exponent_BHTE.contiguous(), offset_BHT.contiguous(), phi_q_BHE.contiguous()
-    kernel = torch.empty_like(offset)
-    problem = _Rows(offset.numel(), features.shape[-1], features.shape[-2])
-    compiled.call("exponential_rows", "forward", features.dtype, problem, features, offset, phi_q, kernel)
-    return features, kernel
-
-
-class _Rows(ctypes.Structure):
-    """``Problem`` of the C++ source."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in ("rows", "columns", "rows_per_group")]
+    exponent = exponent_BHTE.sub_(offset_BHT.unsqueeze(-1))
+    floor = _exponent_floor(exponent.dtype)
+    features = torch.threshold_(exponent.clamp_(min=floor).exp_(), 1.01 * math.exp(floor), 0.0)
+    return features, (phi_q_BHE.unsqueeze(-2) @ features.mT).squeeze(-2)
 
 
 class _QuadraticForm(Function):

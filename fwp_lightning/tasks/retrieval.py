@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fwp_lightning.attention import AttentionConfig
 from fwp_lightning.data.retrieval import RetrievalBlock, RetrievalData, RetrievalEvaluation
 from fwp_lightning.models.retrieval import RetrievalModel
+from fwp_lightning.ops import AdamState, PairBatches, PairParameters, train_pairs
 
 
 class RetrievalTask(L.LightningModule):
@@ -115,28 +116,36 @@ class RetrievalTask(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam with its default betas and eps (Sec. 6.1)."""
-        return torch.optim.Adam(self.model.parameters(), lr=self.lr, fused=True)
+        return BlockAdam(self.model, self.lr)
 
     def training_step(self, block: RetrievalBlock, batch_idx: int) -> None:
         """Do one block of optimiser steps."""
-        wrapped = self.optimizers()
-        optimizer = wrapped.optimizer  # type: ignore[union-attr]
-        total = torch.zeros(())
         n_steps = min(block.keys.shape[0], self.max_steps - self.steps)
         block = RetrievalBlock(*(x[:n_steps] for x in block))
-        for step, (keys, values, query, target) in enumerate(zip(*block, strict=True)):
-            loss = retrieval_loss(self.model(keys, values, query), target).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            # through Lightning once a block, so that its own step count, which checkpoints are named by, moves on
-            (optimizer if step < n_steps - 1 else wrapped).step()  # type: ignore[union-attr]
-            total = total + loss.detach()
+        mean = self._train(block).mean()
         self._steps += n_steps
         self._tokens += block.keys.numel()
-        mean = total / n_steps
         self._log("train/loss", mean)
         if not torch.isfinite(mean):
             self.diverged = f"training loss {float(mean)} within the {n_steps} steps before step {self.steps}"
+
+    def _train(self, block: RetrievalBlock) -> Tensor:
+        """Take the block's steps; return the loss before each."""
+        # through Lightning once a block, so that its own step count, which checkpoints are named by, moves on
+        wrapped = self.optimizers()
+        optimizer: BlockAdam = wrapped.optimizer  # type: ignore[union-attr, assignment]
+        if self.model.is_compiled():
+            optimizer.block = block
+            wrapped.step()  # type: ignore[union-attr]
+            return optimizer.losses
+        losses = []
+        for step, (keys, values, query, target) in enumerate(zip(*block, strict=True), start=1):
+            loss = retrieval_loss(self.model(keys, values, query), target).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            (wrapped if step == len(block.keys) else optimizer).step()  # type: ignore[union-attr]
+            losses.append(loss.detach())
+        return torch.stack(losses)
 
     def validation_step(self, batch: RetrievalEvaluation, batch_idx: int) -> None:
         """Evaluate, and stop if the paper's rule says so."""
@@ -187,6 +196,53 @@ class RetrievalTask(L.LightningModule):
     def _log(self, name: str, value: Tensor) -> None:
         self.log(name, value, on_step=False, on_epoch=True, batch_size=1)
         self.log("step", float(self.steps), on_step=False, on_epoch=True, batch_size=1)
+
+
+class BlockAdam(torch.optim.Adam):
+    """Adam that takes all steps of a block in the compiled kernel where ``block`` is set; its state is torch's own."""
+
+    losses: Tensor
+
+    def __init__(self, model: RetrievalModel, lr: float) -> None:
+        super().__init__(model.parameters(), lr=lr, fused=True)
+        self.model = model
+        self.block: RetrievalBlock | None = None
+
+    def step(self, closure: Any = None) -> Any:
+        """Take one step, or those of the block, whose losses are then in ``losses``."""
+        if self.block is None:
+            return super().step(closure)
+        block, self.block = self.block, None
+        self.losses = self._train(block)
+        return None if closure is None else closure()
+
+    @torch.no_grad()
+    def _train(self, block: RetrievalBlock) -> Tensor:
+        parameters = self.model.pair_parameters
+        states = [self._state_of(p) for p in parameters if p is not None]
+        group = self.param_groups[0]
+        adam = AdamState(
+            means=PairParameters(*(state["exp_avg"] for state in states)),
+            squares=PairParameters(*(state["exp_avg_sq"] for state in states)),
+            steps=int(states[0]["step"]),
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+        )
+        n_steps = len(block.keys)
+        directions = self.model.training_directions(n_steps)
+        losses = train_pairs(self.model.pair_memory, parameters, adam, PairBatches(*block), directions)
+        for state in states:
+            state["step"] += n_steps
+        return losses
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        """A parameter's state, made as torch makes it at the first step."""
+        state: dict[str, Tensor] = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        return state
 
 
 def retrieval_loss(predictions: Tensor, targets: Tensor) -> Tensor:

@@ -1,0 +1,873 @@
+// Training of a fast weight memory of key-value pairs that is read once: loss, all gradients and Adam, many steps in one call.
+//
+// A pair (i, j) has the key x = key_table[i] + value_table[j] and the value onehot(j). A sequence is read by one query, and its loss
+// 0.5 |y - onehot(target)|^2 needs y alone, so forward and backward of a sequence follow each other while its rows are in the cache.
+// README.md in the folder above derives the recurrences. Features lie side by side in the lanes of vectors; rows are padded with zeros.
+// Nothing here allocates or writes outside of the caller's buffers.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "fwm_memory.h"
+#include "lanes.h"
+
+namespace {
+
+enum Rule { SUM = 0, DELTA = 1, FWM = 2, SOFTMAX = 3 };
+enum Map { ELU = 0, DPFP = 1, TANH = 2, IDENTITY = 3, FAVOR = 4 };
+enum Stabilizer { NONE = 0, SEQUENCE = 1, VECTOR = 2 };
+// embedding [S, e], W_k [D, S + e], b_k [D], W_q [D, e], b_q [D], W_beta [S + e], b_beta [1]
+enum Parameter { EMBEDDING = 0, W_K, B_K, W_Q, B_Q, W_BETA, B_BETA, PARAMETERS };
+
+constexpr double LAYER_NORM_EPS = 1e-5;
+
+// C = alpha op(A) op(B) + beta C, column-major, as BLAS has it
+template <class Real>
+using Gemm = void (*)(const char *, const char *, const int *, const int *, const int *, const Real *, const Real *, const int *,
+                      const Real *, const int *, const Real *, Real *, const int *);
+
+template <class Real> struct Problem {
+    int64_t batch, pairs, n_keys, n_embedding, size;  // B, T, S, e, D
+    int64_t rule, map, nu, n_directions, stabilizer, normalise_readout, layer_norm;
+    double key_eps, query_eps, readout_eps, input_scale;
+    int64_t n_steps, steps_done;
+    double lr, beta1, beta2, adam_eps;
+    Gemm<Real> gemm;
+    const int64_t *keys, *values, *queries, *targets;  // [N, B, T], [N, B, T], [N, B], [N, B]
+    const Real *directions;                            // [N or 1, m, D]
+    int64_t directions_per_step;
+    Real *losses;  // [N]
+    Real *scratch;
+    Real *parameters[PARAMETERS], *gradients[PARAMETERS], *means[PARAMETERS], *squares[PARAMETERS];
+
+    bool has_beta() const { return rule == DELTA || rule == FWM; }
+    int64_t n_pair() const { return n_keys + n_embedding; }
+    int64_t count(int parameter) const {
+        const int64_t counts[] = {n_keys * n_embedding, size * n_pair(), size, size * n_embedding, size, n_pair(), 1};
+        return parameter >= W_BETA && !has_beta() ? 0 : counts[parameter];
+    }
+};
+
+int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+
+template <class V, class Real> inline V load(const Real *from) {
+    V out;
+    std::memcpy(&out, from, sizeof out);
+    return out;
+}
+template <class Real, class V> inline void store(Real *to, V x) { std::memcpy(to, &x, sizeof x); }
+template <class Real, class V> inline void add(Real *to, V x) { store(to, load<V>(to) + x); }
+
+template <class Real, int N> struct Wide { typedef Real type __attribute__((vector_size(N * sizeof(Real)))); };
+template <class Real, int N> inline Real total_of(typename Wide<Real, N>::type x) {
+    if constexpr (N == 4) {
+        return (x[0] + x[2]) + (x[1] + x[3]);
+    } else {
+        typename Wide<Real, N / 2>::type halves[2];
+        std::memcpy(halves, &x, sizeof x);
+        return total_of<Real, N / 2>(halves[0] + halves[1]);
+    }
+}
+inline float total(Lanes<float>::type x) { return total_of<float, LANES>(x); }
+inline double total(Lanes<double>::type x) { return total_of<double, LANES>(x); }
+template <class V> inline V larger(V a, V b) { return a > b ? a : b; }
+template <class Real, class V> inline Real largest(V x) {
+    Real out = x[0];
+    for (int l = 1; l < LANES; ++l) out = std::max<Real>(out, x[l]);
+    return out;
+}
+
+// NaN < 0 is false: a NaN stays a NaN
+template <class V> inline V positive_part(V x) { return x < 0 ? V{} : x; }
+template <class V> inline V negative_part(V x) { return x > 0 ? V{} : x; }
+
+// the exponent under which exp leaves the range of normal numbers, and those over and under which a product of factors loses digits
+template <class Real> constexpr Real FLOOR = sizeof(Real) == 4 ? Real(-87) : Real(-708);
+template <class Real> constexpr Real CEILING = -FLOOR<Real> - 7;
+template <class Real> constexpr Real SMALLEST_PRODUCT = sizeof(Real) == 4 ? Real(8e-27) : Real(1e-280);
+
+// exp, flushed to 0 at the edge of underflow; no overflow is expected but it is infinite as it should be
+inline Lanes<float>::type exp_of(Lanes<float>::type x) {
+    using V = Lanes<float>::type;
+    const V e = exp_in_range(x < -87.0f ? V{} - 87.0f : (x > 88.0f ? V{} + 88.0f : x));
+    return x <= -87.0f ? V{} : (x > 88.0f ? V{} + INFINITY : e);
+}
+inline Lanes<double>::type exp_of(Lanes<double>::type x) {
+    for (int l = 0; l < LANES; ++l) x[l] = x[l] <= -708 ? 0 : std::exp(x[l]);
+    return x;
+}
+
+template <class V> inline V tanh_of(V x) {
+    const V size = x < 0 ? -x : x;
+    const V e = exp_of(-2 * size);
+    const V far = (1 - e) / (1 + e);
+    return x < 0 ? -far : far;
+}
+inline Lanes<float>::type tanh_precisely(Lanes<float>::type x) {
+    using V = Lanes<float>::type;
+    const V x2 = x * x;
+    // 1 - exp loses digits near 0; the series is exact to rounding for |x| < 0.3
+    const V series = x * (1.0f + x2 * (-1.0f / 3 + x2 * (2.0f / 15 + x2 * (-17.0f / 315 + x2 * (62.0f / 2835)))));
+    return x2 < 0.09f ? series : tanh_of(x);
+}
+inline Lanes<double>::type tanh_precisely(Lanes<double>::type x) {
+    for (int l = 0; l < LANES; ++l) x[l] = std::tanh(x[l]);
+    return x;
+}
+
+template <class Real> class Training {
+  public:
+    using V = typename Lanes<Real>::type;
+
+    explicit Training(const Problem<Real> &problem) : p(problem) {
+        Real *from = p.scratch;
+        lay_out([&](int64_t n) {
+            Real *taken = from;
+            from += padded(n);
+            return taken;
+        });
+        std::fill(p.scratch, from, Real(0));
+    }
+    static int64_t scratch_numbers(const Problem<Real> &problem) {
+        Training sizes(problem, 0);
+        int64_t n = 0;
+        sizes.lay_out([&](int64_t wanted) {
+            n += padded(wanted);
+            return static_cast<Real *>(nullptr);
+        });
+        return n;
+    }
+
+    // loss of step n, its gradients in p.gradients
+    Real step(int64_t n) {
+        keys = p.keys + n * B * T, values = p.values + n * B * T, queries = p.queries + n * B, targets = p.targets + n * B;
+        directions = p.map == FAVOR ? p.directions + (p.directions_per_step ? n * m * D : 0) : nullptr;
+        project();
+        Real loss = 0;
+        for (int64_t b = 0; b < B; ++b) loss += sequence(b);
+        project_backward();
+        return loss / B;
+    }
+
+    void adam(int64_t steps) {
+        const Real first = 1 - std::pow(p.beta1, double(steps)), second = 1 - std::pow(p.beta2, double(steps));
+        const Real rate = p.lr / first, root = std::sqrt(second), eps = p.adam_eps;
+        const Real b1 = p.beta1, b2 = p.beta2, c1 = 1 - p.beta1, c2 = 1 - p.beta2;
+        for (int i = 0; i < PARAMETERS; ++i) {
+            Real *__restrict w = p.parameters[i], *__restrict mean = p.means[i], *__restrict square = p.squares[i];
+            const Real *__restrict g = p.gradients[i];
+            const int64_t count = p.count(i);
+            for (int64_t j = 0; j < count; ++j) {
+                mean[j] = b1 * mean[j] + c1 * g[j];
+                square[j] = b2 * square[j] + c2 * g[j] * g[j];
+                w[j] -= rate * mean[j] / (std::sqrt(square[j]) / root + eps);
+            }
+        }
+    }
+
+  private:
+    Training(const Problem<Real> &problem, int) : p(problem) {}
+
+    template <class Take> void lay_out(Take take) {
+        B = p.batch, T = p.pairs, S = p.n_keys, e = p.n_embedding, D = p.size, m = p.map == FAVOR ? p.n_directions : 0;
+        row = padded(D), ring = padded(2 * D), directions_row = padded(m);
+        features = p.map == DPFP ? p.nu * ring : p.map == FAVOR ? 2 * directions_row : row;
+        ring_pad = padded(p.nu), ring_row = ring_pad + ring + padded(p.nu) + LANES;
+        key_table = take(S * row), value_table = take(S * row), grad_key_table = take(S * row), grad_value_table = take(S * row);
+        query = take(B * row), grad_query = take(B * row), queried = take(B * e), grad_queried = take(B * e);
+        key_beta = take(S), value_beta = take(S), grad_key_beta = take(S), grad_value_beta = take(S);
+        weights = take(T), grads = take(T), beta = take(T), grad_beta = take(T), scales = take(T), y = take(S), grad_y = take(S);
+        query_phi = take(features), grad_query_phi = take(features), state = take(features), adjoint = take(features);
+        const bool keeps_rows = p.rule == DELTA || p.rule == FWM;
+        phi = take(keeps_rows ? T * features : 0), grad_phi = take(p.rule == FWM ? T * features : TILE * features);
+        u = take(TILE * (ring + LANES)), grad_u = take(TILE * (ring + LANES)), u_ring = take(TILE * ring_row), query_u = take(ring + LANES), grad_query_u = take(ring);
+        key_projected = take(S * directions_row), value_projected = take(S * directions_row);
+        key_powers = take(2 * S * directions_row), value_powers = take(2 * S * directions_row);
+        grad_key_projected = take(S * directions_row), grad_value_projected = take(S * directions_row);
+        query_projected = take(B * directions_row), grad_query_projected = take(B * directions_row);
+        key_peak = take(S), value_peak = take(S), peaks = take(T), log_scales = take(T), slow = take(T);
+        slow_row = take(2 * directions_row);
+        if (p.rule != FWM) return;
+        const FwmSequence<Real> one = memory_sequence();
+        memory = take(features * S), grad_memory = take(features * S);
+        memory_kept = take(fwm_kept_numbers(one)), memory_scratch = take(fwm_scratch_numbers(one));
+    }
+
+    // row-major C [rows, columns] = op(A) op(B) + keep C; a transposed operand lies in memory as its transpose
+    void product(bool transpose_a, bool transpose_b, int64_t rows, int64_t columns, int64_t inner, const Real *A, int64_t lda,
+                 const Real *Bm, int64_t ldb, Real keep, Real *C, int64_t ldc) const {
+        const int n = columns, k = inner, r = rows, a = lda, b = ldb, c = ldc;
+        const Real one = 1;
+        if (n > 0 && r > 0) p.gemm(transpose_b ? "T" : "N", transpose_a ? "T" : "N", &n, &r, &k, &one, Bm, &b, A, &a, &keep, C, &c);
+    }
+
+    // ---- projections: keys are sums of two table rows ----
+    void project() {
+        const Real *E = p.parameters[EMBEDDING], *W = p.parameters[W_K];
+        for (int64_t i = 0; i < S; ++i) std::copy_n(p.parameters[B_K], D, key_table + i * row);
+        product(false, true, S, D, e, E, e, W + S, p.n_pair(), 1, key_table, row);
+        for (int64_t d = 0; d < D; ++d)
+            for (int64_t j = 0; j < S; ++j) value_table[j * row + d] = W[d * p.n_pair() + j];
+        for (int64_t b = 0; b < B; ++b) {
+            std::copy_n(E + queries[b] * e, e, queried + b * e);
+            std::copy_n(p.parameters[B_Q], D, query + b * row);
+        }
+        product(false, true, B, D, e, queried, e, p.parameters[W_Q], e, 1, query, row);
+        if (p.has_beta()) {
+            const Real *w = p.parameters[W_BETA];
+            std::copy_n(w, S, value_beta);
+            std::fill_n(key_beta, S, *p.parameters[B_BETA]);
+            product(false, false, S, 1, e, E, e, w + S, 1, 1, key_beta, 1);
+            std::fill_n(grad_key_beta, S, Real(0));
+            std::fill_n(grad_value_beta, S, Real(0));
+        }
+        for (Real *table : {grad_key_table, grad_value_table}) std::fill_n(table, S * row, Real(0));
+        if (p.map == FAVOR) project_on_directions();
+    }
+
+    void project_backward() {
+        if (p.map == FAVOR) project_on_directions_backward();
+        const Real *E = p.parameters[EMBEDDING], *W = p.parameters[W_K];
+        Real *const *g = p.gradients;
+        for (int64_t d = 0; d < D; ++d)
+            for (int64_t j = 0; j < S; ++j) g[W_K][d * p.n_pair() + j] = grad_value_table[j * row + d];
+        product(true, false, D, e, S, grad_key_table, row, E, e, 0, g[W_K] + S, p.n_pair());
+        product(false, false, S, e, D, grad_key_table, row, W + S, p.n_pair(), 0, g[EMBEDDING], e);
+        column_sums(grad_key_table, S, g[B_K]);
+        product(true, false, D, e, B, grad_query, row, queried, e, 0, g[W_Q], e);
+        column_sums(grad_query, B, g[B_Q]);
+        product(false, false, B, e, D, grad_query, row, p.parameters[W_Q], e, 0, grad_queried, e);
+        for (int64_t b = 0; b < B; ++b)
+            for (int64_t i = 0; i < e; ++i) g[EMBEDDING][queries[b] * e + i] += grad_queried[b * e + i];
+        if (!p.has_beta()) return;
+        const Real *w = p.parameters[W_BETA] + S;
+        std::copy_n(grad_value_beta, S, g[W_BETA]);
+        product(false, false, 1, e, S, grad_key_beta, S, E, e, 0, g[W_BETA] + S, e);
+        product(false, false, S, e, 1, grad_key_beta, 1, w, e, 1, g[EMBEDDING], e);
+        *g[B_BETA] = 0;
+        for (int64_t i = 0; i < S; ++i) *g[B_BETA] += grad_key_beta[i];
+    }
+
+    void column_sums(const Real *rows, int64_t n, Real *sums) const {
+        std::fill_n(sums, D, Real(0));
+        for (int64_t i = 0; i < n; ++i)
+            for (int64_t d = 0; d < D; ++d) sums[d] += rows[i * row + d];
+    }
+
+    // ---- one sequence: read, compare, and pull the error back ----
+    Real sequence(int64_t b) {
+        key_ids = keys + b * T, value_ids = values + b * T, q = query + b * row, grad_q = grad_query + b * row, sequence_index = b;
+        std::fill_n(y, S, Real(0));
+        prepare_query();
+        if (p.has_beta()) write_strengths();
+        if (p.rule == SUM || p.rule == SOFTMAX) read_by_kernel();
+        if (p.rule == DELTA) read_by_adjoint();
+        if (p.rule == FWM) read_memory();
+        const Real loss = compare(targets[b]);
+        if (p.rule == SUM || p.rule == SOFTMAX) read_by_kernel_backward();
+        if (p.rule == DELTA) read_by_adjoint_backward();
+        if (p.rule == FWM) read_memory_backward();
+        if (p.has_beta()) write_strengths_backward();
+        query_backward();
+        return loss;
+    }
+
+    // loss, and its gradient in grad_y, already divided by the batch
+    Real compare(int64_t target) {
+        Real mean = 0, variance = 0, inverse = 1;
+        if (p.layer_norm) {
+            for (int64_t v = 0; v < S; ++v) mean += y[v];
+            mean /= S;
+            for (int64_t v = 0; v < S; ++v) variance += (y[v] - mean) * (y[v] - mean);
+            inverse = 1 / std::sqrt(variance / S + Real(LAYER_NORM_EPS));
+        }
+        Real loss = 0, sum = 0, along = 0;
+        for (int64_t v = 0; v < S; ++v) {
+            y[v] = (y[v] - mean) * inverse;
+            const Real error = y[v] - (v == target);
+            loss += error * error;
+            grad_y[v] = error / B;
+            sum += grad_y[v];
+            along += grad_y[v] * y[v];
+        }
+        if (p.layer_norm)
+            for (int64_t v = 0; v < S; ++v) grad_y[v] = inverse * (grad_y[v] - sum / S - y[v] * along / S);
+        return loss / 2;
+    }
+
+    void write_strengths() {
+        for (int64_t t = 0; t < T; ++t) beta[t] = key_beta[key_ids[t]] + value_beta[value_ids[t]];
+        for (int64_t t = 0; t < T; t += LANES) {
+            const V x = load<V>(beta + t);
+            const V small = exp_of(x < 0 ? x : -x);
+            store(beta + t, (x < 0 ? small : V{} + 1) / (1 + small));
+        }
+    }
+    void write_strengths_backward() {
+        for (int64_t t = 0; t < T; ++t) {
+            const Real g = grad_beta[t] * beta[t] * (1 - beta[t]);
+            grad_key_beta[key_ids[t]] += g;
+            grad_value_beta[value_ids[t]] += g;
+        }
+    }
+
+    // ---- sum and softmax: y = sum_t w_t onehot(v_t) with w_t from the kernel of key and query ----
+    void read_by_kernel() {
+        kernels();
+        if (p.rule == SOFTMAX) {
+            const Real scale = 1 / std::sqrt(Real(D)), peak = *std::max_element(weights, weights + T);
+            for (int64_t t = 0; t < T; t += LANES) store(weights + t, exp_of((load<V>(weights + t) - peak) * scale));
+        }
+        Real sum = 0;
+        for (int64_t t = 0; t < T; ++t) sum += weights[t];
+        denominator = p.rule == SOFTMAX ? sum : p.normalise_readout ? sum + Real(p.readout_eps) : Real(1);
+        for (int64_t t = 0; t < T; ++t) {
+            kernel_values(t) = weights[t];
+            weights[t] /= denominator;
+            y[value_ids[t]] += weights[t];
+        }
+    }
+    void read_by_kernel_backward() {
+        Real mean = 0;
+        if (p.rule == SOFTMAX || p.normalise_readout)
+            for (int64_t t = 0; t < T; ++t) mean += weights[t] * grad_y[value_ids[t]];
+        const Real scale = 1 / std::sqrt(Real(D));
+        for (int64_t t = 0; t < T; ++t) {
+            const Real g = grad_y[value_ids[t]] - mean;
+            grads[t] = p.rule == SOFTMAX ? g * weights[t] * scale : g / denominator;
+        }
+        kernels_backward();
+    }
+    Real &kernel_values(int64_t t) { return scales[t]; }
+
+    // phi(k_t) . phi(q) for all t, in `weights`
+    void kernels() {
+        if (p.map == DPFP) return ring_kernels();
+        if (p.map == FAVOR) return exponential_kernels();
+        for (int64_t t = 0; t < T; ++t) {
+            const Real *a = key_table + key_ids[t] * row, *c = value_table + value_ids[t] * row;
+            V sum{};
+            for (int64_t d = 0; d < row; d += LANES)
+                sum += mapped(load<V>(a + d) + load<V>(c + d)) * load<V>(query_phi + d);
+            weights[t] = total(sum);
+        }
+    }
+    void kernels_backward() {
+        if (p.map == DPFP) return ring_kernels_backward();
+        if (p.map == FAVOR) return exponential_kernels_backward();
+        for (int64_t d = 0; d < row; d += LANES) {
+            const V against = load<V>(query_phi + d);
+            V grad{};
+            for (int64_t t = 0; t < T; ++t) {
+                const int64_t i = key_ids[t] * row + d, j = value_ids[t] * row + d;
+                const V x = load<V>(key_table + i) + load<V>(value_table + j);
+                const V f = mapped(x);
+                grad += grads[t] * f;
+                const V g = grads[t] * against * slope(x, f);
+                add(grad_key_table + i, g);
+                add(grad_value_table + j, g);
+            }
+            store(grad_query_phi + d, grad);
+        }
+    }
+
+    // maps that act on each component alone
+    V mapped(V x) const {
+        if (p.map == ELU) return exp_of(negative_part(x)) + positive_part(x);
+        return p.map == TANH ? tanh_precisely(x) : x;
+    }
+    V slope(V x, V f) const {
+        if (p.map == ELU) return x > 0 ? V{} + 1 : f;
+        return p.map == TANH ? 1 - f * f : V{} + 1;
+    }
+
+    // ---- DPFP: with p = u o u_q on the ring of 2 D, the kernel is sum_i p_i (p_(i+1) + .. + p_(i+nu)) ----
+    // u = [relu(x), relu(-x)] of token t, zeros behind
+    void rectify(const Real *x, Real *to) const {
+        for (int64_t d = 0; d < row; d += LANES) store(to + d, positive_part(load<V>(x + d)));
+        for (int64_t d = 0; d < row; d += LANES) store(to + D + d, positive_part(-load<V>(x + d)));
+    }
+    void rectify_pair(int64_t t, Real *to) const {
+        const Real *a = key_table + key_ids[t] * row, *c = value_table + value_ids[t] * row;
+        for (int64_t d = 0; d < row; d += LANES) store(to + d, positive_part(load<V>(a + d) + load<V>(c + d)));
+        for (int64_t d = 0; d < row; d += LANES) store(to + D + d, positive_part(-(load<V>(a + d) + load<V>(c + d))));
+    }
+    // copies the ends of a ring of 2 D at `at` behind and before it
+    void close_ring(Real *at) const {
+        for (int64_t i = 0; i < p.nu; ++i) at[2 * D + i] = at[i % (2 * D)];
+        for (int64_t i = 1; i <= p.nu; ++i) at[-i] = at[2 * D - i];
+    }
+    // the gradient of u, in `grad`, into those of the table rows of token t
+    void unrectify_pair(int64_t t, const Real *u_t, const Real *grad) const {
+        Real *a = grad_key_table + key_ids[t] * row, *c = grad_value_table + value_ids[t] * row;
+        for (int64_t d = 0; d < row; d += LANES) {
+            const V g = unrectified(d, u_t, grad);
+            add(a + d, g);
+            add(c + d, g);
+        }
+    }
+    V unrectified(int64_t d, const Real *u_t, const Real *grad) const {
+        return (load<V>(u_t + d) > 0 ? load<V>(grad + d) : V{}) - (load<V>(u_t + D + d) > 0 ? load<V>(grad + D + d) : V{});
+    }
+
+    // u and the closed ring of p = u o u_q for the tokens of a tile; staged, so that no load waits for a store just made
+    int64_t tile_of_rings(int64_t first) {
+        const int64_t n = std::min<int64_t>(TILE, T - first);
+        for (int64_t i = 0; i < n; ++i) rectify_pair(first + i, u + i * (ring + LANES));
+        for (int64_t i = 0; i < n; ++i) {
+            Real *at = u_ring + i * ring_row + ring_pad;
+            for (int64_t d = 0; d < ring; d += LANES) store(at + d, load<V>(u + i * (ring + LANES) + d) * load<V>(query_u + d));
+        }
+        for (int64_t i = 0; i < n; ++i) close_ring(u_ring + i * ring_row + ring_pad);
+        return n;
+    }
+    void ring_kernels() {
+        for (int64_t first = 0; first < T; first += TILE) {
+            const int64_t n = tile_of_rings(first);
+            for (int64_t i = 0; i < n; ++i) {
+                const Real *at = u_ring + i * ring_row + ring_pad, *own = u + i * (ring + LANES);
+                V sum{};
+                for (int64_t d = 0; d < ring; d += LANES) {
+                    V neighbours = load<V>(at + d + 1);
+                    for (int64_t j = 2; j <= p.nu; ++j) neighbours += load<V>(at + d + j);
+                    // the ring itself is not zero behind its end; u is
+                    sum += load<V>(own + d) * load<V>(query_u + d) * neighbours;
+                }
+                weights[first + i] = total(sum);
+            }
+        }
+    }
+    void ring_kernels_backward() {
+        std::fill_n(grad_query_u, ring, Real(0));
+        for (int64_t first = 0; first < T; first += TILE) {
+            const int64_t n = tile_of_rings(first);
+            for (int64_t i = 0; i < n; ++i) {
+                const Real *at = u_ring + i * ring_row + ring_pad, *own = u + i * (ring + LANES);
+                const Real g = grads[first + i];
+                Real *grad = grad_u + i * (ring + LANES);
+                for (int64_t d = 0; d < ring; d += LANES) {
+                    V neighbours = load<V>(at + d + 1) + load<V>(at + d - 1);
+                    for (int64_t j = 2; j <= p.nu; ++j) neighbours += load<V>(at + d + j) + load<V>(at + d - j);
+                    neighbours *= g;
+                    add(grad_query_u + d, neighbours * load<V>(own + d));
+                    store(grad + d, neighbours * load<V>(query_u + d));
+                }
+            }
+            for (int64_t i = 0; i < n; ++i) unrectify_pair(first + i, u + i * (ring + LANES), grad_u + i * (ring + LANES));
+        }
+    }
+
+    // ---- queries ----
+    void prepare_query() {
+        if (p.map == DPFP) {
+            rectify(q, query_u);
+            if (p.rule == SUM) return;
+            ring_features(query_u, u_ring + ring_pad, query_phi);
+        } else if (p.map == FAVOR) {
+            exponential_query();
+        } else {
+            for (int64_t d = 0; d < row; d += LANES) store(query_phi + d, mapped(load<V>(q + d)));
+            clear_padding(query_phi);
+        }
+        if (p.rule != DELTA) return;
+        query_sum = sum_of(query_phi) + Real(p.query_eps);
+        for (int64_t i = 0; i < features; i += LANES) store(query_phi + i, load<V>(query_phi + i) / query_sum);
+    }
+    // from grad_query_phi (DPFP with the sum rule: grad_query_u) to grad_q
+    void query_backward() {
+        if (p.rule == DELTA) {
+            const Real along = dot(grad_query_phi, query_phi);
+            for (int64_t i = 0; i < features; i += LANES)
+                store(grad_query_phi + i, (load<V>(grad_query_phi + i) - along) / query_sum);
+        }
+        if (p.map == FAVOR) return exponential_query_backward();
+        if (p.map == DPFP) {
+            if (p.rule != SUM) ring_features_backward(query_u, grad_query_phi, grad_query_u);
+            for (int64_t d = 0; d < row; d += LANES) store(grad_q + d, unrectified(d, query_u, grad_query_u));
+            return;
+        }
+        for (int64_t d = 0; d < row; d += LANES) {
+            const V x = load<V>(q + d);
+            store(grad_q + d, load<V>(grad_query_phi + d) * slope(x, mapped(x)));
+        }
+    }
+    void clear_padding(Real *features_row) const {
+        for (int64_t d = D; d < row; ++d) features_row[d] = 0;
+    }
+    Real sum_of(const Real *x) const {
+        V sum{};
+        for (int64_t i = 0; i < features; i += LANES) sum += load<V>(x + i);
+        return total(sum);
+    }
+    Real dot(const Real *a, const Real *b) const {
+        V even{}, odd{};
+        int64_t i = 0;
+        for (; i + LANES < features; i += 2 * LANES) {
+            even += load<V>(a + i) * load<V>(b + i);
+            odd += load<V>(a + i + LANES) * load<V>(b + i + LANES);
+        }
+        if (i < features) even += load<V>(a + i) * load<V>(b + i);
+        return total(even + odd);
+    }
+
+    // ---- rows of features, for rules that need more than the kernel ----
+    // DPFP of u (zeros behind 2 D); `at` is room for the ring
+    void ring_features(const Real *u_t, Real *at, Real *out) const {
+        for (int64_t d = 0; d < ring; d += LANES) store(at + d, load<V>(u_t + d));
+        close_ring(at);
+        for (int64_t j = 1; j <= p.nu; ++j)
+            for (int64_t d = 0; d < ring; d += LANES) store(out + (j - 1) * ring + d, load<V>(u_t + d) * load<V>(at + d + j));
+    }
+    // grad_u_i = sum_j g_(j,i) u_(i+j) + (g_j o u)_(i-j)
+    void ring_features_backward(const Real *u_t, const Real *grad, Real *grad_u) const {
+        Real *at = u_ring + ring_pad, *pulled = at + ring_row;
+        for (int64_t d = 0; d < ring; d += LANES) store(at + d, load<V>(u_t + d));
+        close_ring(at);
+        for (int64_t d = 0; d < ring; d += LANES) store(grad_u + d, V{});
+        for (int64_t j = 1; j <= p.nu; ++j) {
+            const Real *g = grad + (j - 1) * ring;
+            for (int64_t d = 0; d < ring; d += LANES) store(pulled + d, load<V>(g + d) * load<V>(u_t + d));
+            close_ring(pulled);
+            for (int64_t d = 0; d < ring; d += LANES)
+                add(grad_u + d, load<V>(g + d) * load<V>(at + d + j) + load<V>(pulled + d - j));
+        }
+    }
+    void feature_rows() {
+        if (p.map == FAVOR) return exponential_rows();
+        for (int64_t t = 0; t < T; ++t) {
+            Real *out = phi + t * features;
+            if (p.map == DPFP) {
+                const int64_t i = t % TILE;
+                rectify_pair(t, u + i * (ring + LANES));
+                ring_features(u + i * (ring + LANES), u_ring + i * ring_row + ring_pad, out);
+                continue;
+            }
+            const Real *a = key_table + key_ids[t] * row, *c = value_table + value_ids[t] * row;
+            for (int64_t d = 0; d < row; d += LANES) store(out + d, mapped(load<V>(a + d) + load<V>(c + d)));
+            clear_padding(out);
+        }
+    }
+    void feature_row_backward(int64_t t, const Real *grad) {
+        if (p.map == FAVOR) return exponential_row_backward(t, grad);
+        if (p.map == DPFP) {
+            rectify_pair(t, u);
+            ring_features_backward(u, grad, u + ring + LANES);
+            return unrectify_pair(t, u, u + ring + LANES);
+        }
+        const Real *a = key_table + key_ids[t] * row, *c = value_table + value_ids[t] * row;
+        for (int64_t d = 0; d < row; d += LANES) {
+            const V x = load<V>(a + d) + load<V>(c + d);
+            const V g = load<V>(grad + d) * slope(x, mapped(x));
+            add(grad_key_table + key_ids[t] * row + d, g);
+            add(grad_value_table + value_ids[t] * row + d, g);
+        }
+    }
+
+    // ---- delta: r <- r - a_t k_t with a_t = beta_t k_t . r, backwards in time from r = q; k_t = scale_t phi_t ----
+    void read_by_adjoint() {
+        feature_rows();
+        for (int64_t t = 0; t < T; ++t) {
+            const Real s = p.map == FAVOR ? scales[t] : Real(1);
+            denominators(t) = s * sum_of(phi + t * features) + Real(p.key_eps);
+            scales[t] = s / denominators(t);
+        }
+        std::copy_n(query_phi, features, state);
+        for (int64_t t = T - 1; t >= 0; --t) {
+            const Real *f = phi + t * features;
+            const Real a = beta[t] * (dot(f, state) * scales[t]), step = a * scales[t];
+            for (int64_t i = 0; i < features; i += LANES) store(state + i, load<V>(state + i) - step * load<V>(f + i));
+            weights[t] = a;
+            y[value_ids[t]] += a;
+        }
+    }
+    // forwards in time: the residual is wound up again, which is stable because sum-normalised keys have a norm of at most 1
+    void read_by_adjoint_backward() {
+        std::fill_n(adjoint, features, Real(0));
+        for (int64_t t = 0; t < T; ++t) {
+            const Real *f = phi + t * features;
+            const Real a = weights[t], s = scales[t], seen = dot(f, adjoint) * s;
+            const Real lambda = grad_y[value_ids[t]] - seen, mu = beta[t] * lambda;
+            const Real undo = a * s, add_on = mu * s;
+            Real *grad = grad_phi;
+            V reads{};
+            for (int64_t i = 0; i < features; i += LANES) {
+                const V x = load<V>(f + i), r = load<V>(state + i) + undo * x, sum = load<V>(adjoint + i);
+                reads += x * r;
+                store(state + i, r);
+                store(grad + i, mu * r - a * sum);
+                store(adjoint + i, sum + add_on * x);
+            }
+            const Real retrieved = total(reads) * s;
+            grad_beta[t] = lambda * retrieved;
+            // through k = phi / (sum phi + eps); gradient . k is known already
+            const Real along = mu * retrieved - a * seen, inverse = 1 / denominators(t);
+            for (int64_t i = 0; i < features; i += LANES) store(grad + i, (load<V>(grad + i) - along) * inverse);
+            feature_row_backward(t, grad);
+        }
+        std::copy_n(adjoint, features, grad_query_phi);
+    }
+    Real &denominators(int64_t t) { return grads[t]; }
+
+    // ---- fwm: the memory itself is written, and read once ----
+    FwmSequence<Real> memory_sequence() const {
+        return {T, features, S, {phi, features}, {nullptr, 0}, {value_ids, 1}, {beta, 1}, {nullptr, 0}, nullptr};
+    }
+    void read_memory() {
+        feature_rows();
+        fwm_forward(memory_sequence(), Rows<Real>{nullptr, 0}, memory, memory_kept, memory_scratch);
+        for (int64_t i = 0; i < features; ++i)
+            for (int64_t v = 0; v < S; ++v) y[v] += query_phi[i] * memory[i * S + v];
+    }
+    void read_memory_backward() {
+        for (int64_t i = 0; i < features; ++i) {
+            Real read = 0;
+            for (int64_t v = 0; v < S; ++v) {
+                read += memory[i * S + v] * grad_y[v];
+                grad_memory[i * S + v] = query_phi[i] * grad_y[v];
+            }
+            grad_query_phi[i] = read;
+        }
+        const FwmGradients<Real> wanted{grad_memory,  {nullptr, 0},  {grad_phi, features}, {nullptr, 0},
+                                        {grad_beta, 1}, {nullptr, 0}, nullptr};
+        fwm_backward(memory_sequence(), memory_kept, wanted, memory_scratch);
+        for (int64_t t = 0; t < T; ++t) feature_row_backward(t, grad_phi + t * features);
+    }
+
+    // ---- FAVOR+: phi(k) = exp(+-R k - |k|^2/2 - offset); R k falls into tables as k does, and so do the exponentials ----
+    void project_on_directions() {
+        const Real s = p.input_scale;
+        for (Real *table : {key_table, value_table})
+            for (int64_t i = 0; i < S * row; ++i) table[i] *= s;
+        for (int64_t i = 0; i < B * row; ++i) query[i] *= s;
+        product(false, true, S, m, D, key_table, row, directions, D, 0, key_projected, directions_row);
+        product(false, true, S, m, D, value_table, row, directions, D, 0, value_projected, directions_row);
+        product(false, true, B, m, D, query, row, directions, D, 0, query_projected, directions_row);
+        powers(key_projected, key_powers, key_peak);
+        powers(value_projected, value_powers, value_peak);
+        for (Real *table : {grad_key_projected, grad_value_projected}) std::fill_n(table, S * directions_row, Real(0));
+    }
+    // exp(P - peak) and exp(-P - peak) of each row, peak = max |P|
+    void powers(const Real *projected, Real *out, Real *peak) const {
+        for (int64_t i = 0; i < S; ++i) {
+            peak[i] = signed_powers(out + 2 * i * directions_row, [&](int64_t r) { return load<V>(projected + i * directions_row + r); });
+        }
+    }
+    template <class Exponents> Real signed_powers(Real *out, Exponents exponents) const {
+        V high{};
+        for (int64_t r = 0; r < directions_row; r += LANES) {
+            const V x = exponents(r);
+            high = larger(high, x < 0 ? -x : x);
+        }
+        const Real peak = largest<Real>(high);
+        for (int64_t r = 0; r < directions_row; r += LANES) {
+            const V x = exponents(r);
+            store(out + r, exp_of(x - peak));
+            store(out + directions_row + r, exp_of(-x - peak));
+        }
+        for (int64_t r = m; r < directions_row; ++r) out[r] = out[directions_row + r] = 0;
+        return peak;
+    }
+    void project_on_directions_backward() {
+        const Real s = p.input_scale;
+        product(false, false, S, D, m, grad_key_projected, directions_row, directions, D, 1, grad_key_table, row);
+        product(false, false, S, D, m, grad_value_projected, directions_row, directions, D, 1, grad_value_table, row);
+        product(false, false, B, D, m, grad_query_projected, directions_row, directions, D, 1, grad_query, row);
+        for (Real *table : {grad_key_table, grad_value_table})
+            for (int64_t i = 0; i < S * row; ++i) table[i] *= s;
+        for (int64_t i = 0; i < B * row; ++i) grad_query[i] *= s;
+    }
+
+    // phi(q) in query_phi
+    void exponential_query() {
+        const Real *projected = query_projected + sequence_index * directions_row;
+        Real offset = half_square(q) + log_count();
+        if (p.stabilizer != NONE) {
+            V high{};
+            for (int64_t r = 0; r < directions_row; r += LANES) {
+                const V x = load<V>(projected + r);
+                high = larger(high, x < 0 ? -x : x);
+            }
+            // largest exponent |R q|_max - |q|^2/2
+            offset += largest<Real>(high) - half_square(q);
+        }
+        for (int64_t r = 0; r < directions_row; r += LANES) {
+            const V x = load<V>(projected + r);
+            store(query_phi + r, exp_of(x - offset));
+            store(query_phi + directions_row + r, exp_of(-x - offset));
+        }
+        for (int64_t r = m; r < directions_row; ++r) query_phi[r] = query_phi[directions_row + r] = 0;
+    }
+    // stabilisers are constants: gradients pass by them
+    void exponential_query_backward() {
+        // with the sum-normalised query of the delta rule query_phi has been divided
+        const Real scale = p.rule == DELTA ? query_sum : Real(1);
+        Real *projected = grad_query_projected + sequence_index * directions_row;
+        V along{};
+        for (int64_t r = 0; r < directions_row; r += LANES) {
+            const V plus = load<V>(grad_query_phi + r) * load<V>(query_phi + r) * scale;
+            const V minus = load<V>(grad_query_phi + directions_row + r) * load<V>(query_phi + directions_row + r) * scale;
+            store(projected + r, plus - minus);
+            along += plus + minus;
+        }
+        const Real sum = total(along);
+        for (int64_t d = 0; d < row; d += LANES) store(grad_q + d, -sum * load<V>(q + d));
+    }
+    Real half_square(const Real *x) const {
+        V sum{};
+        for (int64_t d = 0; d < row; d += LANES) sum += load<V>(x + d) * load<V>(x + d);
+        return total(sum) / 2;
+    }
+    // 1/sqrt(2m) in the exponent, where it decides what underflows
+    Real log_count() const { return std::log(Real(2 * m)) / 2; }
+    Real half_square_of_pair(int64_t t) const {
+        const Real *a = key_table + key_ids[t] * row, *c = value_table + value_ids[t] * row;
+        V sum{};
+        for (int64_t d = 0; d < row; d += LANES) {
+            const V x = load<V>(a + d) + load<V>(c + d);
+            sum += x * x;
+        }
+        return total(sum) / 2;
+    }
+
+    // phi_t = exp(log_scales[t]) f_t with f_t the product of two rows of powers, or, where that would lose digits, exponentials anew
+    template <class Use> Real with_powers(int64_t t, Use use) {
+        const Real *a = key_powers + 2 * key_ids[t] * directions_row, *c = value_powers + 2 * value_ids[t] * directions_row;
+        if (slow[t]) {
+            pair_powers(t);
+            return use([&](int64_t r) { return load<V>(slow_row + r); });
+        }
+        return use([&](int64_t r) { return load<V>(a + r) * load<V>(c + r); });
+    }
+    Real pair_powers(int64_t t) {
+        const Real *a = key_projected + key_ids[t] * directions_row, *c = value_projected + value_ids[t] * directions_row;
+        return signed_powers(slow_row, [&](int64_t r) { return load<V>(a + r) + load<V>(c + r); });
+    }
+    // peak and log_scale of every token; use(t, f) computes what is wanted of f and returns its largest element
+    template <class Use> void exponential_tokens(Use use) {
+        Real highest = -INFINITY;
+        for (int64_t t = 0; t < T; ++t) {
+            const Real half = half_square_of_pair(t);
+            slow[t] = 0, peaks[t] = key_peak[key_ids[t]] + value_peak[value_ids[t]];
+            Real top = with_powers(t, [&](auto f) { return use(t, f); });
+            if (!(top >= SMALLEST_PRODUCT<Real>) || peaks[t] - half > CEILING<Real>) {
+                slow[t] = 1, peaks[t] = pair_powers(t);
+                top = with_powers(t, [&](auto f) { return use(t, f); });
+            }
+            log_scales[t] = peaks[t] - half - log_count();
+            const Real exponent = peaks[t] - half + (top > 0 ? std::log(top) : Real(0));
+            if (p.stabilizer == VECTOR) log_scales[t] -= exponent;
+            // a NaN is passed on
+            highest = exponent <= highest ? highest : exponent;
+        }
+        if (p.stabilizer == SEQUENCE)
+            for (int64_t t = 0; t < T; ++t) log_scales[t] -= highest;
+        for (int64_t t = 0; t < T; t += LANES) store(scales + t, exp_of(load<V>(log_scales + t)));
+    }
+    void exponential_kernels() {
+        exponential_tokens([&](int64_t t, auto f) {
+            V sum{}, high{};
+            for (int64_t r = 0; r < features; r += LANES) {
+                const V x = f(r);
+                sum += x * load<V>(query_phi + r);
+                high = larger(high, x);
+            }
+            weights[t] = total(sum);
+            return largest<Real>(high);
+        });
+        for (int64_t t = 0; t < T; ++t) weights[t] *= scales[t];
+    }
+    void exponential_kernels_backward() {
+        std::fill_n(grad_query_phi, features, Real(0));
+        for (int64_t t = 0; t < T; ++t) {
+            // kernel_values lie where the scales were
+            const Real scale = exp_of(V{} + log_scales[t])[0], g = grads[t] * scale;
+            Real *a = grad_key_projected + key_ids[t] * directions_row, *c = grad_value_projected + value_ids[t] * directions_row;
+            with_powers(t, [&](auto f) {
+                for (int64_t r = 0; r < directions_row; r += LANES) {
+                    const V plus = g * f(r), minus = g * f(directions_row + r);
+                    add(grad_query_phi + r, plus);
+                    add(grad_query_phi + directions_row + r, minus);
+                    const V pulled = plus * load<V>(query_phi + r) - minus * load<V>(query_phi + directions_row + r);
+                    add(a + r, pulled);
+                    add(c + r, pulled);
+                }
+                return Real(0);
+            });
+            add_along_key(t, -grads[t] * kernel_values(t));
+        }
+    }
+    // f_t in the rows of phi
+    void exponential_rows() {
+        exponential_tokens([&](int64_t t, auto f) {
+            V high{};
+            for (int64_t r = 0; r < features; r += LANES) {
+                const V x = f(r);
+                store(phi + t * features + r, x);
+                high = larger(high, x);
+            }
+            return largest<Real>(high);
+        });
+    }
+    void exponential_row_backward(int64_t t, const Real *grad) {
+        const Real *f = phi + t * features;
+        const Real scale = exp_of(V{} + log_scales[t])[0];
+        Real *a = grad_key_projected + key_ids[t] * directions_row, *c = grad_value_projected + value_ids[t] * directions_row;
+        V along{};
+        for (int64_t r = 0; r < directions_row; r += LANES) {
+            const V plus = load<V>(grad + r) * load<V>(f + r) * scale;
+            const V minus = load<V>(grad + directions_row + r) * load<V>(f + directions_row + r) * scale;
+            add(a + r, plus - minus);
+            add(c + r, plus - minus);
+            along += plus + minus;
+        }
+        add_along_key(t, -total(along));
+    }
+    void add_along_key(int64_t t, Real factor) {
+        const int64_t i = key_ids[t] * row, j = value_ids[t] * row;
+        for (int64_t d = 0; d < row; d += LANES) {
+            const V g = factor * (load<V>(key_table + i + d) + load<V>(value_table + j + d));
+            add(grad_key_table + i + d, g);
+            add(grad_value_table + j + d, g);
+        }
+    }
+
+    static constexpr int64_t TILE = 8;
+
+    const Problem<Real> &p;
+    int64_t B, T, S, e, D, m;
+    int64_t row, ring, directions_row, features, ring_pad, ring_row;
+    const int64_t *keys, *values, *queries, *targets, *key_ids, *value_ids;
+    const Real *directions;
+    int64_t sequence_index;
+    Real denominator, query_sum;
+    Real *q, *grad_q;
+    Real *key_table, *value_table, *grad_key_table, *grad_value_table, *query, *grad_query, *queried, *grad_queried;
+    Real *key_beta, *value_beta, *grad_key_beta, *grad_value_beta;
+    Real *weights, *grads, *beta, *grad_beta, *scales, *y, *grad_y;
+    Real *query_phi, *grad_query_phi, *state, *adjoint, *phi, *grad_phi, *u, *grad_u, *u_ring, *query_u, *grad_query_u;
+    Real *key_projected, *value_projected, *key_powers, *value_powers, *grad_key_projected, *grad_value_projected;
+    Real *query_projected, *grad_query_projected, *key_peak, *value_peak, *peaks, *log_scales, *slow, *slow_row;
+    Real *memory, *grad_memory, *memory_kept, *memory_scratch;
+};
+
+}  // namespace
+
+#define FWP_PAIR_TRAINING(REAL, SUFFIX)                                                                                   \
+    extern "C" void fwp_pair_training_gradients_##SUFFIX(const Problem<REAL> *p) {                                        \
+        p->losses[0] = Training<REAL>(*p).step(0);                                                                        \
+    }                                                                                                                     \
+    extern "C" void fwp_pair_training_steps_##SUFFIX(const Problem<REAL> *p) {                                            \
+        Training<REAL> training(*p);                                                                                      \
+        for (int64_t n = 0; n < p->n_steps; ++n) {                                                                        \
+            p->losses[n] = training.step(n);                                                                              \
+            training.adam(p->steps_done + n + 1);                                                                         \
+        }                                                                                                                 \
+    }                                                                                                                     \
+    extern "C" int64_t fwp_pair_training_scratch_##SUFFIX(const Problem<REAL> *p) {                                       \
+        return Training<REAL>::scratch_numbers(*p);                                                                       \
+    }
+
+FWP_PAIR_TRAINING(float, float32)
+FWP_PAIR_TRAINING(double, float64)

@@ -1,0 +1,263 @@
+"""The compiled training of a memory of pairs against PyTorch: loss, gradients, Adam, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fwp_lightning import compiled, ops
+from fwp_lightning.attention import AttentionConfig, FavorConfig
+from fwp_lightning.data.retrieval import RetrievalBlock, RetrievalData
+from fwp_lightning.models.retrieval import RetrievalModel
+from fwp_lightning.ops import AdamState, PairBatches, PairMemory, PairParameters
+from fwp_lightning.tasks.retrieval import BlockAdam, retrieval_loss
+
+pytestmark = pytest.mark.skipif(
+    compiled.why_unavailable("pair_training") is not None,
+    reason="the kernel cannot be built here (tests/test_compiled.py tests that the reason is said)",
+)
+
+
+def favor(
+    rule: str, stabilizer: str, scaling: str, m: int = 24, redraw: str = "never", **axes: object
+) -> AttentionConfig:
+    options = FavorConfig(stabilizer=stabilizer, scaling=scaling, redraw=redraw)  # type: ignore[arg-type]
+    return AttentionConfig(rule, "favor", n_features=m, favor=options, **axes)  # type: ignore[arg-type]
+
+
+CONFIGS = {
+    "softmax": AttentionConfig("softmax", "identity"),
+    "identity sum": AttentionConfig("sum", "identity"),
+    "elu sum": AttentionConfig("sum", "elu", attention_norm="readout"),
+    "dpfp-1 sum": AttentionConfig("sum", "dpfp", nu=1, attention_norm="readout"),
+    "dpfp-3 sum": AttentionConfig("sum", "dpfp", nu=3, attention_norm="readout"),
+    "favor sum": favor("sum", "none", "none", attention_norm="readout"),
+    "stabilised favor sum": favor("sum", "sequence", "rsqrt_sqrt_d", 19, attention_norm="readout"),
+    "elu delta": AttentionConfig("delta", "elu", phi_norm="sum"),
+    "dpfp-2 delta": AttentionConfig("delta", "dpfp", nu=2, phi_norm="sum", key_norm_eps=1e-6, query_norm_eps=1e-6),
+    "favor delta": favor("delta", "none", "none", phi_norm="sum"),
+    "stabilised favor delta": favor("delta", "vector", "rsqrt_sqrt_d", 19, phi_norm="sum", key_norm_eps=1e-6),
+    "tanh fwm": AttentionConfig("fwm", "tanh"),
+    "dpfp-1 fwm": AttentionConfig("fwm", "dpfp", nu=1),
+}
+
+
+def build(config: AttentionConfig, n_keys: int, d_key: int, dtype: torch.dtype = torch.float64) -> RetrievalModel:
+    torch.manual_seed(11)
+    readout_norm = "layer_norm" if config.rule == "fwm" else "none"
+    return RetrievalModel(config, n_keys, d_key, readout_norm=readout_norm, compute="factored").to(dtype)  # type: ignore[arg-type]
+
+
+def draw(n_steps: int, batch: int, pairs: int, n_keys: int, seed: int = 5) -> PairBatches:
+    g = torch.Generator().manual_seed(seed)
+    sizes = [(n_steps, batch, n) for n in (pairs, pairs, 1, 1)]
+    return PairBatches(*(torch.randint(n_keys, size, generator=g) for size in sizes))
+
+
+def in_pytorch(model: RetrievalModel, batches: PairBatches) -> list[Tensor]:
+    keys, values, query, target = (x[0] for x in batches)
+    loss = retrieval_loss(model(keys, values, query), target).mean()
+    return [loss, *torch.autograd.grad(loss, [p for p in model.pair_parameters if p is not None])]
+
+
+def in_cpp(model: RetrievalModel, batches: PairBatches) -> list[Tensor]:
+    loss, gradients = ops.pair_gradients(
+        model.pair_memory, model.pair_parameters, batches, model.training_directions(1)
+    )
+    return [loss[0], *(g for g in gradients if g is not None)]
+
+
+@pytest.mark.parametrize(("batch", "pairs", "d_key"), [(1, 1, 5), (3, 7, 8), (17, 2, 9), (5, 33, 16), (2, 12, 20)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss_and_gradients_equal_pytorch_at_odd_sizes(name: str, batch: int, pairs: int, d_key: int) -> None:
+    model, batches = build(CONFIGS[name], 7, d_key), draw(1, batch, pairs, 7)
+    for ours, theirs in zip(in_cpp(model, batches), in_pytorch(model, batches), strict=True):
+        # float64 sums of a few hundred terms; LayerNorm divides by standard deviations of about 1e-2
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_float32_errors_are_at_most_twice_those_of_pytorch(name: str) -> None:
+    """Relative to each gradient's largest entry, over three draws: the largest error of one is a matter of luck."""
+    ratios = []
+    for seed in range(3):
+        batches = draw(1, 16, 40, 20, seed)
+        exact = in_pytorch(build(CONFIGS[name], 20, 64), batches)
+        single = build(CONFIGS[name], 20, 64, torch.float32)
+        for truth, theirs, ours in zip(exact, in_pytorch(single, batches), in_cpp(single, batches), strict=True):
+            scale = float(truth.detach().abs().max()) + 1e-12
+            error, reference = (
+                float((x.detach().double() - truth.detach()).abs().max()) / scale for x in (ours, theirs)
+            )
+            # 2e-6: some ten roundings, where PyTorch happens to have almost none
+            ratios.append(error / (reference + 2e-6))
+    assert max(ratios) <= 2
+
+
+@pytest.mark.parametrize("name", ["favor sum", "stabilised favor sum", "favor delta", "stabilised favor delta"])
+def test_favor_keeps_its_digits_where_the_two_halves_of_a_key_cancel(name: str) -> None:
+    """Products of table rows underflow there, exp(a) exp(-a); such pairs are computed anew."""
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        model = build(CONFIGS[name], 6, 16, torch.float64)
+        with torch.no_grad():
+            # value halves of size 40 that point against the key halves of the same id
+            halves = torch.nn.functional.linear(model.key_embedding, model.W_k[:, 6:])
+            model.W_k[:, 6:] *= 15.0
+            model.W_k[:, :6] = -15.0 * halves.T * (1 + 0.01 * torch.randn(16, 6).double())
+        model = model.to(dtype)
+        ids = torch.arange(6).repeat(2, 1).unsqueeze(0)
+        batches = PairBatches(ids, ids, ids[..., 1:2], ids[..., 1:2])
+        results.append((in_cpp(model, batches), in_pytorch(model, batches)))
+    for ours, theirs in zip(*results[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+    for ours, exact in zip(results[1][0], results[0][1], strict=True):
+        # float32: exponents of size 100 carry a relative error of 1e-5 into their exponentials
+        assert float((ours - exact).detach().abs().max()) <= 1e-3 * float(exact.detach().abs().max()) + 1e-6
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_block_of_steps_equals_torch_adam_step_by_step(name: str) -> None:
+    config = CONFIGS[name]
+    batches = draw(5, 4, 9, 7)
+    ours, theirs = build(config, 7, 16), build(config, 7, 16)
+    optimizer = torch.optim.Adam(theirs.parameters(), lr=1e-2)
+    expected = []
+    for keys, values, query, target in zip(*batches, strict=True):
+        optimizer.zero_grad()
+        loss = retrieval_loss(theirs(keys, values, query), target).mean()
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.detach())
+    block = BlockAdam(ours, lr=1e-2)
+    block.block = RetrievalBlock(*batches)
+    block.step()
+    # Adam divides by the size of the gradient: rounding of a gradient that is almost 0 becomes visible
+    torch.testing.assert_close(block.losses, torch.stack(expected), rtol=1e-6, atol=1e-9)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        if name == "softmax" and p is ours.b_k:
+            continue  # a shift of all keys changes no softmax: Adam makes steps of rounding there
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+        assert float(block.state[p]["step"]) == 5
+
+
+def test_redrawn_directions_are_those_that_single_steps_would_have_drawn() -> None:
+    config = favor("sum", "none", "none", 40, "training", attention_norm="readout")
+    ours, theirs = build(config, 7, 16), build(config, 7, 16)
+    assert torch.equal(ours.memory.feature_map.directions, theirs.memory.feature_map.directions)
+    drawn = ours.training_directions(3)
+    for directions in drawn:
+        theirs.memory.feature_map.start_sequence()
+        torch.testing.assert_close(theirs.memory.feature_map.directions, directions, rtol=1e-5, atol=1e-6)
+    assert torch.equal(ours.memory.feature_map.directions, drawn[-1])
+
+
+@pytest.mark.parametrize("name", ["dpfp-3 sum", "dpfp-2 delta", "tanh fwm"])
+def test_a_block_in_two_parts_ends_bit_for_bit_where_it_ends_in_one(name: str) -> None:
+    batches = draw(5, 4, 9, 7)
+    models = [build(CONFIGS[name], 7, 16, torch.float32) for _ in range(2)]
+    for model, parts in zip(models, ([5], [2, 3]), strict=True):
+        optimizer = BlockAdam(model, lr=1e-2)
+        for part in zip(*(x.split(parts) for x in batches), strict=True):
+            optimizer.block = RetrievalBlock(*part)
+            optimizer.step()
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_gradients_leave_the_parameters_alone_and_come_out_the_same_twice() -> None:
+    model, batches = build(CONFIGS["dpfp-2 delta"], 6, 8), draw(1, 5, 9, 6)
+    before = [p.detach().clone() for p in model.parameters()]
+    first, second = (in_cpp(model, batches) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_nan_is_not_lost(name: str) -> None:
+    model, batches = build(CONFIGS[name], 6, 8, torch.float32), draw(1, 2, 4, 6)
+    with torch.no_grad():
+        model.b_k[0] = float("nan")
+    assert math.isnan(in_pytorch(model, batches)[0])
+    assert math.isnan(in_cpp(model, batches)[0])
+
+
+def test_a_sequence_without_pairs_reads_zeros() -> None:
+    model = build(CONFIGS["elu delta"], 6, 8)
+    empty = torch.empty(1, 3, 0, dtype=torch.int64)
+    loss, *gradients = in_cpp(model, PairBatches(empty, empty, *(torch.zeros(1, 3, 1, dtype=torch.int64),) * 2))
+    assert float(loss) == 0.5
+    assert all(float(g.abs().max()) == 0 for g in gradients)
+
+
+@pytest.mark.parametrize("bad", ["keys", "values", "queries", "targets"])
+def test_ids_outside_the_tables_are_refused_before_memory_is_touched(bad: str) -> None:
+    model, batches = build(CONFIGS["elu sum"], 6, 8), draw(1, 2, 4, 6)
+    with pytest.raises(ValueError, match=rf"{bad} has an id outside 0 \.\. 5"):
+        in_cpp(model, batches._replace(**{bad: getattr(batches, bad) + 6}))
+
+
+def test_tensors_that_do_not_fit_are_named() -> None:
+    model, batches = build(CONFIGS["elu delta"], 6, 8), draw(1, 2, 4, 6)
+    memory, parameters = model.pair_memory, model.pair_parameters
+    with pytest.raises(ValueError, match=r"W_q has shape \(8, 12\); embedding and keys ask for \(8, 13\)"):
+        ops.pair_gradients(memory, parameters._replace(W_q=parameters.W_q[:, :-1].contiguous()), batches)
+    with pytest.raises(ValueError, match="W_beta has shape None"):
+        ops.pair_gradients(memory, parameters._replace(W_beta=None), batches)
+    with pytest.raises(ValueError, match="W_k is not contiguous"):
+        ops.pair_gradients(memory, parameters._replace(W_k=parameters.W_k.T.contiguous().T), batches)
+    with pytest.raises(ValueError, match=r"directions has shape None; expected \[1 or 1, m, 8\]"):
+        ops.pair_gradients(PairMemory("sum", "favor"), parameters, batches)
+
+
+def test_what_the_kernel_lacks_is_refused_by_name() -> None:
+    config = AttentionConfig("sum", "elu", output_scale="rsqrt_d")
+    with pytest.raises(
+        ValueError, match=r"compute=compiled cannot run: .*no output_scale rsqrt_d.*set model\.compute: auto"
+    ):
+        RetrievalModel(config, 6, 8, compute="compiled").is_compiled()
+    cpu = torch.device("cpu")
+    assert "('delta', 'none', 'none')" in str(PairMemory("delta", "elu").why_not(torch.float32, cpu))
+    assert "dtype torch.bfloat16" in str(PairMemory("sum", "elu").why_not(torch.bfloat16, cpu))
+    assert "kernel_eps 0.1" in str(PairMemory("sum", "favor", kernel_eps=0.1).why_not(torch.float32, cpu))
+    assert not RetrievalModel(config, 6, 8, compute="auto").is_compiled()
+
+
+def test_training_solves_a_small_task() -> None:
+    """The number of keys is under the number of features, so that the loss can go to 0."""
+    data = RetrievalData(n_keys=10, seed=2)
+    model = build(CONFIGS["dpfp-1 sum"], 10, 64, torch.float32)
+    optimizer = BlockAdam(model, lr=1e-3)
+    for index in range(6):
+        optimizer.block = data.block(index)
+        optimizer.step()
+    assert float(optimizer.losses.mean()) < 0.01
+
+
+def test_moments_of_another_optimiser_are_taken_up() -> None:
+    """What a checkpoint of torch's Adam holds goes on as it would have there."""
+    config, batches = CONFIGS["elu sum"], draw(4, 4, 9, 7)
+    ours, theirs = build(config, 7, 16), build(config, 7, 16)
+    optimizer = torch.optim.Adam(theirs.parameters(), lr=1e-2)
+
+    def step(keys: Tensor, values: Tensor, query: Tensor, target: Tensor) -> None:
+        optimizer.zero_grad()
+        retrieval_loss(theirs(keys, values, query), target).mean().backward()
+        optimizer.step()
+
+    for part in list(zip(*batches, strict=True))[:2]:
+        step(*part)
+    ours.load_state_dict(theirs.state_dict())
+    moments = {
+        key: PairParameters(*(optimizer.state[p][key].clone() for p in theirs.pair_parameters if p is not None))
+        for key in ("exp_avg", "exp_avg_sq")
+    }
+    adam = AdamState(moments["exp_avg"], moments["exp_avg_sq"], steps=2, lr=1e-2)
+    ops.train_pairs(ours.pair_memory, ours.pair_parameters, adam, PairBatches(*(x[2:] for x in batches)))
+    for part in list(zip(*batches, strict=True))[2:]:
+        step(*part)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-8)
