@@ -177,12 +177,14 @@ template <class Real> class Training {
         ring_pad = padded(p.nu), ring_row = ring_pad + ring + padded(p.nu) + LANES;
         key_table = take(S * row), value_table = take(S * row), grad_key_table = take(S * row), grad_value_table = take(S * row);
         query = take(B * row), grad_query = take(B * row), queried = take(B * e), grad_queried = take(B * e);
+        key_exp = take(p.map == ELU ? S * row : 0), value_exp = take(p.map == ELU ? S * row : 0);
         key_beta = take(S), value_beta = take(S), grad_key_beta = take(S), grad_value_beta = take(S);
         weights = take(T), grads = take(T), beta = take(T), grad_beta = take(T), scales = take(T), y = take(S), grad_y = take(S);
         query_phi = take(features), grad_query_phi = take(features), state = take(features), adjoint = take(features);
         const bool keeps_rows = p.rule == DELTA || p.rule == FWM;
         phi = take(keeps_rows ? T * features : 0), grad_phi = take(p.rule == FWM ? T * features : TILE * features);
-        u = take(TILE * (ring + LANES)), grad_u = take(TILE * (ring + LANES)), u_ring = take(TILE * ring_row), query_u = take(ring + LANES), grad_query_u = take(ring);
+        u = take(TILE * (ring + LANES)), grad_u = take(TILE * (ring + LANES)), u_ring = take(TILE * ring_row), pulled_ring = take(TILE * ring_row);
+        query_u = take(ring + LANES), grad_query_u = take(ring + LANES);
         key_projected = take(S * directions_row), value_projected = take(S * directions_row);
         key_powers = take(2 * S * directions_row), value_powers = take(2 * S * directions_row);
         grad_key_projected = take(S * directions_row), grad_value_projected = take(S * directions_row);
@@ -225,6 +227,7 @@ template <class Real> class Training {
         }
         for (Real *table : {grad_key_table, grad_value_table}) std::fill_n(table, S * row, Real(0));
         if (p.map == FAVOR) project_on_directions();
+        if (p.map == ELU) exponentiate_tables();
     }
 
     void project_backward() {
@@ -347,10 +350,11 @@ template <class Real> class Training {
         if (p.map == DPFP) return ring_kernels();
         if (p.map == FAVOR) return exponential_kernels();
         for (int64_t t = 0; t < T; ++t) {
-            const Real *a = key_table + key_ids[t] * row, *c = value_table + value_ids[t] * row;
-            V sum{};
-            for (int64_t d = 0; d < row; d += LANES)
-                sum += mapped(load<V>(a + d) + load<V>(c + d)) * load<V>(query_phi + d);
+            V sum{}, f, unused;
+            for (int64_t d = 0; d < row; d += LANES) {
+                mapped_pair(key_ids[t] * row + d, value_ids[t] * row + d, f, unused);
+                sum += f * load<V>(query_phi + d);
+            }
             weights[t] = total(sum);
         }
     }
@@ -362,10 +366,10 @@ template <class Real> class Training {
             V grad{};
             for (int64_t t = 0; t < T; ++t) {
                 const int64_t i = key_ids[t] * row + d, j = value_ids[t] * row + d;
-                const V x = load<V>(key_table + i) + load<V>(value_table + j);
-                const V f = mapped(x);
+                V f, slope_of_f;
+                mapped_pair(i, j, f, slope_of_f);
                 grad += grads[t] * f;
-                const V g = grads[t] * against * slope(x, f);
+                const V g = grads[t] * against * slope_of_f;
                 add(grad_key_table + i, g);
                 add(grad_value_table + j, g);
             }
@@ -373,7 +377,35 @@ template <class Real> class Training {
         }
     }
 
-    // maps that act on each component alone
+    // maps that act on each component alone; f and its slope for component d of the pair whose rows start at i and j
+    void mapped_pair(int64_t i, int64_t j, V &f, V &slope_of_f) const {
+        const V x = load<V>(key_table + i) + load<V>(value_table + j);
+        if (p.map != ELU || !has_exponentials) {
+            f = mapped(x);
+            slope_of_f = slope(x, f);
+            return;
+        }
+        // exp(min(x, 0)) from the tables' exponentials, a product instead of an exponential
+        const V product = load<V>(key_exp + i) * load<V>(value_exp + j);
+        slope_of_f = product > 1 ? V{} + 1 : product;
+        f = slope_of_f + positive_part(x);
+    }
+    void exponentiate_tables() {
+        V high{};
+        for (int64_t i = 0; i < S * row; i += LANES) {
+            const V a = load<V>(key_table + i), b = load<V>(value_table + i);
+            store(key_exp + i, exp_of(a));
+            store(value_exp + i, exp_of(b));
+            high = larger(high, larger(a < 0 ? -a : a, b < 0 ? -b : b));
+        }
+        // beyond, or with a NaN, a factor may leave the range although their product is a number of moderate size
+        has_exponentials = largest<Real>(high) <= -FLOOR<Real> / 2 && !has_nan(high);
+    }
+    static bool has_nan(V x) {
+        bool found = false;
+        for (int l = 0; l < LANES; ++l) found |= x[l] != x[l];
+        return found;
+    }
     V mapped(V x) const {
         if (p.map == ELU) return exp_of(negative_part(x)) + positive_part(x);
         return p.map == TANH ? tanh_precisely(x) : x;
@@ -417,17 +449,17 @@ template <class Real> class Training {
         const int64_t n = std::min<int64_t>(TILE, T - first);
         for (int64_t i = 0; i < n; ++i) rectify_pair(first + i, u + i * (ring + LANES));
         for (int64_t i = 0; i < n; ++i) {
-            Real *at = u_ring + i * ring_row + ring_pad;
+            Real *at = ring_at(i);
             for (int64_t d = 0; d < ring; d += LANES) store(at + d, load<V>(u + i * (ring + LANES) + d) * load<V>(query_u + d));
         }
-        for (int64_t i = 0; i < n; ++i) close_ring(u_ring + i * ring_row + ring_pad);
+        for (int64_t i = 0; i < n; ++i) close_ring(ring_at(i));
         return n;
     }
     void ring_kernels() {
         for (int64_t first = 0; first < T; first += TILE) {
             const int64_t n = tile_of_rings(first);
             for (int64_t i = 0; i < n; ++i) {
-                const Real *at = u_ring + i * ring_row + ring_pad, *own = u + i * (ring + LANES);
+                const Real *at = ring_at(i), *own = u + i * (ring + LANES);
                 V sum{};
                 for (int64_t d = 0; d < ring; d += LANES) {
                     V neighbours = load<V>(at + d + 1);
@@ -444,7 +476,7 @@ template <class Real> class Training {
         for (int64_t first = 0; first < T; first += TILE) {
             const int64_t n = tile_of_rings(first);
             for (int64_t i = 0; i < n; ++i) {
-                const Real *at = u_ring + i * ring_row + ring_pad, *own = u + i * (ring + LANES);
+                const Real *at = ring_at(i), *own = u + i * (ring + LANES);
                 const Real g = grads[first + i];
                 Real *grad = grad_u + i * (ring + LANES);
                 for (int64_t d = 0; d < ring; d += LANES) {
@@ -464,7 +496,7 @@ template <class Real> class Training {
         if (p.map == DPFP) {
             rectify(q, query_u);
             if (p.rule == SUM) return;
-            ring_features(query_u, u_ring + ring_pad, query_phi);
+            ring_features(1, query_u, query_phi);
         } else if (p.map == FAVOR) {
             exponential_query();
         } else {
@@ -484,7 +516,7 @@ template <class Real> class Training {
         }
         if (p.map == FAVOR) return exponential_query_backward();
         if (p.map == DPFP) {
-            if (p.rule != SUM) ring_features_backward(query_u, grad_query_phi, grad_query_u);
+            if (p.rule != SUM) ring_features_backward(1, query_u, grad_query_phi, grad_query_u);
             for (int64_t d = 0; d < row; d += LANES) store(grad_q + d, unrectified(d, query_u, grad_query_u));
             return;
         }
@@ -513,55 +545,82 @@ template <class Real> class Training {
     }
 
     // ---- rows of features, for rules that need more than the kernel ----
-    // DPFP of u (zeros behind 2 D); `at` is room for the ring
-    void ring_features(const Real *u_t, Real *at, Real *out) const {
-        for (int64_t d = 0; d < ring; d += LANES) store(at + d, load<V>(u_t + d));
-        close_ring(at);
-        for (int64_t j = 1; j <= p.nu; ++j)
-            for (int64_t d = 0; d < ring; d += LANES) store(out + (j - 1) * ring + d, load<V>(u_t + d) * load<V>(at + d + j));
+    // DPFP of n vectors u (zeros behind 2 D), in stages, so that no load waits for a store just made
+    void ring_features(int64_t n, const Real *us, Real *out) const {
+        for (int64_t i = 0; i < n; ++i) copy_to_ring(us + i * (ring + LANES), ring_at(i));
+        for (int64_t i = 0; i < n; ++i) close_ring(ring_at(i));
+        for (int64_t i = 0; i < n; ++i)
+            for (int64_t j = 1; j <= p.nu; ++j)
+                for (int64_t d = 0; d < ring; d += LANES)
+                    store(out + i * features + (j - 1) * ring + d,
+                          load<V>(us + i * (ring + LANES) + d) * load<V>(ring_at(i) + d + j));
     }
     // grad_u_i = sum_j g_(j,i) u_(i+j) + (g_j o u)_(i-j)
-    void ring_features_backward(const Real *u_t, const Real *grad, Real *grad_u) const {
-        Real *at = u_ring + ring_pad, *pulled = at + ring_row;
-        for (int64_t d = 0; d < ring; d += LANES) store(at + d, load<V>(u_t + d));
-        close_ring(at);
-        for (int64_t d = 0; d < ring; d += LANES) store(grad_u + d, V{});
+    void ring_features_backward(int64_t n, const Real *us, const Real *grad, Real *grad_us) const {
+        for (int64_t i = 0; i < n; ++i) copy_to_ring(us + i * (ring + LANES), ring_at(i));
+        for (int64_t i = 0; i < n; ++i) close_ring(ring_at(i));
         for (int64_t j = 1; j <= p.nu; ++j) {
-            const Real *g = grad + (j - 1) * ring;
-            for (int64_t d = 0; d < ring; d += LANES) store(pulled + d, load<V>(g + d) * load<V>(u_t + d));
-            close_ring(pulled);
-            for (int64_t d = 0; d < ring; d += LANES)
-                add(grad_u + d, load<V>(g + d) * load<V>(at + d + j) + load<V>(pulled + d - j));
+            for (int64_t i = 0; i < n; ++i) {
+                const Real *g = grad + i * features + (j - 1) * ring, *own = us + i * (ring + LANES);
+                for (int64_t d = 0; d < ring; d += LANES) store(pulled_at(i) + d, load<V>(g + d) * load<V>(own + d));
+            }
+            for (int64_t i = 0; i < n; ++i) close_ring(pulled_at(i));
+            for (int64_t i = 0; i < n; ++i) {
+                const Real *g = grad + i * features + (j - 1) * ring;
+                Real *to = grad_us + i * (ring + LANES);
+                for (int64_t d = 0; d < ring; d += LANES) {
+                    const V own = load<V>(g + d) * load<V>(ring_at(i) + d + j) + load<V>(pulled_at(i) + d - j);
+                    store(to + d, j == 1 ? own : load<V>(to + d) + own);
+                }
+            }
         }
     }
+    Real *ring_at(int64_t i) const { return u_ring + i * ring_row + ring_pad; }
+    Real *pulled_at(int64_t i) const { return pulled_ring + i * ring_row + ring_pad; }
+    void copy_to_ring(const Real *u_t, Real *at) const {
+        for (int64_t d = 0; d < ring; d += LANES) store(at + d, load<V>(u_t + d));
+    }
+
     void feature_rows() {
         if (p.map == FAVOR) return exponential_rows();
-        for (int64_t t = 0; t < T; ++t) {
-            Real *out = phi + t * features;
+        for (int64_t first = 0; first < T; first += TILE) {
+            const int64_t n = std::min<int64_t>(TILE, T - first);
             if (p.map == DPFP) {
-                const int64_t i = t % TILE;
-                rectify_pair(t, u + i * (ring + LANES));
-                ring_features(u + i * (ring + LANES), u_ring + i * ring_row + ring_pad, out);
+                for (int64_t i = 0; i < n; ++i) rectify_pair(first + i, u + i * (ring + LANES));
+                ring_features(n, u, phi + first * features);
                 continue;
             }
-            const Real *a = key_table + key_ids[t] * row, *c = value_table + value_ids[t] * row;
-            for (int64_t d = 0; d < row; d += LANES) store(out + d, mapped(load<V>(a + d) + load<V>(c + d)));
-            clear_padding(out);
+            for (int64_t t = first; t < first + n; ++t) {
+                for (int64_t d = 0; d < row; d += LANES) {
+                    V f, unused;
+                    mapped_pair(key_ids[t] * row + d, value_ids[t] * row + d, f, unused);
+                    store(phi + t * features + d, f);
+                }
+                clear_padding(phi + t * features);
+            }
         }
     }
-    void feature_row_backward(int64_t t, const Real *grad) {
-        if (p.map == FAVOR) return exponential_row_backward(t, grad);
+    // gradients of the features of n tokens, at most TILE, into those of the tables
+    void feature_rows_backward(int64_t first, int64_t n, const Real *grad) {
         if (p.map == DPFP) {
-            rectify_pair(t, u);
-            ring_features_backward(u, grad, u + ring + LANES);
-            return unrectify_pair(t, u, u + ring + LANES);
+            for (int64_t i = 0; i < n; ++i) rectify_pair(first + i, u + i * (ring + LANES));
+            ring_features_backward(n, u, grad, grad_u);
+            for (int64_t i = 0; i < n; ++i) unrectify_pair(first + i, u + i * (ring + LANES), grad_u + i * (ring + LANES));
+            return;
         }
-        const Real *a = key_table + key_ids[t] * row, *c = value_table + value_ids[t] * row;
-        for (int64_t d = 0; d < row; d += LANES) {
-            const V x = load<V>(a + d) + load<V>(c + d);
-            const V g = load<V>(grad + d) * slope(x, mapped(x));
-            add(grad_key_table + key_ids[t] * row + d, g);
-            add(grad_value_table + value_ids[t] * row + d, g);
+        for (int64_t t = first; t < first + n; ++t, grad += features) {
+            if (p.map == FAVOR) {
+                exponential_row_backward(t, grad);
+                continue;
+            }
+            for (int64_t d = 0; d < row; d += LANES) {
+                const int64_t i = key_ids[t] * row + d, j = value_ids[t] * row + d;
+                V unused, slope_of_f;
+                mapped_pair(i, j, unused, slope_of_f);
+                const V g = load<V>(grad + d) * slope_of_f;
+                add(grad_key_table + i, g);
+                add(grad_value_table + j, g);
+            }
         }
     }
 
@@ -590,7 +649,7 @@ template <class Real> class Training {
             const Real a = weights[t], s = scales[t], seen = dot(f, adjoint) * s;
             const Real lambda = grad_y[value_ids[t]] - seen, mu = beta[t] * lambda;
             const Real undo = a * s, add_on = mu * s;
-            Real *grad = grad_phi;
+            Real *grad = grad_phi + t % TILE * features;
             V reads{};
             for (int64_t i = 0; i < features; i += LANES) {
                 const V x = load<V>(f + i), r = load<V>(state + i) + undo * x, sum = load<V>(adjoint + i);
@@ -604,7 +663,8 @@ template <class Real> class Training {
             // through k = phi / (sum phi + eps); gradient . k is known already
             const Real along = mu * retrieved - a * seen, inverse = 1 / denominators(t);
             for (int64_t i = 0; i < features; i += LANES) store(grad + i, (load<V>(grad + i) - along) * inverse);
-            feature_row_backward(t, grad);
+            const int64_t waiting = t % TILE + 1;
+            if (waiting == TILE || t == T - 1) feature_rows_backward(t + 1 - waiting, waiting, grad_phi);
         }
         std::copy_n(adjoint, features, grad_query_phi);
     }
@@ -632,7 +692,8 @@ template <class Real> class Training {
         const FwmGradients<Real> wanted{grad_memory,  {nullptr, 0},  {grad_phi, features}, {nullptr, 0},
                                         {grad_beta, 1}, {nullptr, 0}, nullptr};
         fwm_backward(memory_sequence(), memory_kept, wanted, memory_scratch);
-        for (int64_t t = 0; t < T; ++t) feature_row_backward(t, grad_phi + t * features);
+        for (int64_t first = 0; first < T; first += TILE)
+            feature_rows_backward(first, std::min<int64_t>(TILE, T - first), grad_phi + first * features);
     }
 
     // ---- FAVOR+: phi(k) = exp(+-R k - |k|^2/2 - offset); R k falls into tables as k does, and so do the exponentials ----
@@ -842,11 +903,13 @@ template <class Real> class Training {
     const Real *directions;
     int64_t sequence_index;
     Real denominator, query_sum;
+    bool has_exponentials = false;
     Real *q, *grad_q;
     Real *key_table, *value_table, *grad_key_table, *grad_value_table, *query, *grad_query, *queried, *grad_queried;
+    Real *key_exp, *value_exp;
     Real *key_beta, *value_beta, *grad_key_beta, *grad_value_beta;
     Real *weights, *grads, *beta, *grad_beta, *scales, *y, *grad_y;
-    Real *query_phi, *grad_query_phi, *state, *adjoint, *phi, *grad_phi, *u, *grad_u, *u_ring, *query_u, *grad_query_u;
+    Real *query_phi, *grad_query_phi, *state, *adjoint, *phi, *grad_phi, *u, *grad_u, *u_ring, *pulled_ring, *query_u, *grad_query_u;
     Real *key_projected, *value_projected, *key_powers, *value_powers, *grad_key_projected, *grad_value_projected;
     Real *query_projected, *grad_query_projected, *key_peak, *value_peak, *peaks, *log_scales, *slow, *slow_row;
     Real *memory, *grad_memory, *memory_kept, *memory_scratch;
