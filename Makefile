@@ -2,6 +2,7 @@
 
 PROFILE  ?= smoke
 PROTOCOL ?=
+DATA     ?=
 JOBS     ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 PYTHON   ?= python3
 UV       ?= $(shell command -v uv 2>/dev/null)
@@ -26,7 +27,7 @@ ifdef PIP_FIND_LINKS
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 
-SWEEP_OPTIONS = --profile $(PROFILE) $(if $(PROTOCOL),--protocol $(PROTOCOL)) --jobs $(JOBS)
+SWEEP_OPTIONS = --profile $(PROFILE) $(if $(PROTOCOL),--protocol $(PROTOCOL)) $(if $(DATA),--data '$(DATA)') --jobs $(JOBS)
 # a failed run does not keep the others' report from being drawn, but it is not forgotten either
 define train_and_report
 	@status=0; \
@@ -38,12 +39,12 @@ endef
 # one sweep at a time also under `make -j`: a sweep runs JOBS processes of its own
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint smoke reproduce report status ui bench
+.PHONY: help setup test lint smoke data-wikitext2 data-wikitext103 reproduce report status ui bench
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@printf '%s\n' '' 'Options: PROFILE=smoke|short|paper (smoke)  PROTOCOL=released|corrected (what the experiment file names)' \
-	  '         JOBS=n processes ($(JOBS) here)' \
+	  '         DATA=dir with train/valid/test.txt, plain or gzipped (what was downloaded)  JOBS=n processes ($(JOBS) here)' \
 	  '         PYTHON=python3.11 or newer, used when .venv is made' \
 	  'Experiments: $(EXPERIMENTS)'
 
@@ -60,6 +61,12 @@ lint: $(INSTALLED) ## ruff and mypy
 smoke: $(INSTALLED) ## does it work here? list the backends, train one small experiment, draw it
 	$(BIN)/fwp list
 	$(call train_and_report,figure4)
+
+data-wikitext2: $(INSTALLED) ## fetch WikiText-2 (7 MB) into data/
+	$(BIN)/fwp download wikitext-2
+
+data-wikitext103: $(INSTALLED) ## fetch WikiText-103 (313 MB) into data/
+	$(BIN)/fwp download wikitext-103
 
 reproduce: $(INSTALLED) ## train every experiment (what is complete is skipped), then draw all reports
 	$(call train_and_report,$(EXPERIMENTS))

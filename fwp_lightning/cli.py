@@ -141,6 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_sweep(commands)
     status = _add(commands, "status", _status, "show how far every experiment is")
     status.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="default: those with a tracked run")
+    _add_data_folder(status)
     _add(commands, "export", _export, "write the tracked runs to results/runs.csv and results/metrics.csv")
     building = _add(commands, "build-kernels", _build_kernels, "build the C++ kernels ahead, into the cache")
     building.add_argument(
@@ -148,6 +149,8 @@ def build_parser() -> argparse.ArgumentParser:
         choices=["all", *processor.LEVELS],
         help="instruction set: AVX-512 (v4), AVX2 (v3) or any x86-64 (default: this processor's, or FWP_ISA)",
     )
+    fetching = _add(commands, "download", _download, "fetch a corpus, check it, and make its token files")
+    fetching.add_argument("corpus", metavar="CORPUS", help="wikitext-2 (7 MB) or wikitext-103 (313 MB)")
     listing = _add(commands, "list", _list, "list experiments, rules, feature maps and backends")
     listing.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -174,6 +177,7 @@ def _add_sweep(commands: Any) -> None:
     parser.add_argument("--jobs", type=_positive, metavar="N", help="worker processes (default: one per core)")
     parser.add_argument("--rows", type=_words, metavar="A,B", help="only these rows")
     parser.add_argument("--seeds", type=_numbers, metavar="1,2", help="these seeds instead of the experiment's")
+    _add_data_folder(parser)
     parser.add_argument("--dry-run", action="store_true", help="show the runs and what they will cost, train nothing")
     parser.add_argument(
         "--checkpoint-seconds",
@@ -182,6 +186,11 @@ def _add_sweep(commands: Any) -> None:
         metavar="S",
         help="between two checkpoints of a run (default: %(default)g)",
     )
+
+
+def _add_data_folder(parser: argparse.ArgumentParser) -> None:
+    text = "folder with train/valid/test.txt, plain or gzipped (default: what was downloaded)"
+    parser.add_argument("--data", metavar="DIR", help=text)
 
 
 def _positive(text: str) -> int:
@@ -230,12 +239,12 @@ def _version() -> str:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from fwp_lightning.experiment import find_project, load_experiment, resolve_runs
+    from fwp_lightning.experiment import find_project, load_experiment, reads_folder, resolve_runs
     from fwp_lightning.sweep import run_sweep, show_plan
     from fwp_lightning.tracking import describe_origin
 
     project = find_project()
-    prepare = _tie_to_imports(options.imports)
+    prepare = _tie_to_files(options.imports, options.data)
     runs = [
         run
         for name in options.experiments
@@ -248,6 +257,8 @@ def _sweep(options: argparse.Namespace) -> int:
         )
     ]
     runs = prepare(runs)
+    if options.data is not None and not any(reads_folder(run) for run in runs):
+        raise UserError(f"--data {options.data}: none of these runs reads a text; leave the option out.")
     if options.dry_run:
         show_plan(runs, project, options.jobs, options.imports)
         return 0
@@ -255,16 +266,19 @@ def _sweep(options: argparse.Namespace) -> int:
     return run_sweep(runs, project, origin, jobs=options.jobs, checkpoint_seconds=options.checkpoint_seconds)
 
 
-def _tie_to_imports(imports: Sequence[str]) -> Callable[[list[Run]], list[Run]]:
-    """Return what makes runs of the user's own parts new runs once an imported file has changed."""
-    from fwp_lightning.experiment import with_imports
+def _tie_to_files(imports: Sequence[str], data: str | None) -> Callable[[list[Run]], list[Run]]:
+    """Return what sets the folder of texts, and makes runs of the user's own files new runs once these have changed."""
+    from fwp_lightning.data.corpora import hashes_of_folder
+    from fwp_lightning.experiment import with_imports, with_texts
     from fwp_lightning.tracking import hashes_of
 
     hashes = hashes_of(imports)
-    if not hashes:
-        return list
-    built_in = _built_in_parts()
-    return lambda runs: with_imports(runs, hashes, built_in)
+    built_in = _built_in_parts() if hashes else set()
+    # workers start elsewhere
+    folder = None if data is None else str(Path(data).expanduser().resolve())
+    # every run of a sweep reads the same one
+    of_folder = functools.cache(hashes_of_folder)
+    return lambda runs: with_texts(with_imports(runs, hashes, built_in), folder, of_folder)
 
 
 def _built_in_parts() -> set[str]:
@@ -296,7 +310,7 @@ def _status(options: argparse.Namespace) -> int:
         project,
         options.experiments or known,
         complain=None if options.experiments else _warn,
-        prepare=_tie_to_imports(options.imports),
+        prepare=_tie_to_files(options.imports, options.data),
     )
     if lines:
         console().print(rows_table(lines))
@@ -317,6 +331,26 @@ def _export(options: argparse.Namespace) -> int:
     client = open_store(project)
     deliver_journals(client, project)
     print(export(client, project).sentence())
+    return 0
+
+
+def _download(options: argparse.Namespace) -> int:
+    from fwp_lightning.data.corpora import KNOWN_CORPORA, SPLITS, fetch_corpus, files_of_corpus
+    from fwp_lightning.data.token_files import open_token_files
+    from fwp_lightning.experiment import find_project
+    from fwp_lightning.sweep.progress import transfer_display
+
+    corpus = KNOWN_CORPORA.get(options.corpus)
+    if corpus is None:
+        raise UserError(f"unknown corpus {options.corpus!r}. {did_you_mean(options.corpus, list(KNOWN_CORPORA))}")
+    data = find_project().data
+    folder = data / corpus.name
+    with transfer_display(corpus.title) as show:
+        fetch_corpus(corpus, folder, show)
+    say = functools.partial(print, flush=True)
+    text = open_token_files(files_of_corpus(folder), data / "tokens", corpus, say)
+    counts = ", ".join(f"{len(text.tokens[split]):,} {split}" for split in SPLITS)
+    print(f"{corpus.title} is in {folder}: {counts} tokens, {len(text.vocabulary):,} words")
     return 0
 
 

@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -195,7 +195,7 @@ class Run:
     base_file: str = ""
     """File of the base configuration, for complaints about it"""
     imported: tuple[str, ...] = ()
-    """SHA-256 of the user's files that the run's rule or feature map comes from, see ``with_imports``"""
+    """SHA-256 of the user's files that its rule, feature map or text comes from: ``with_imports``, ``with_texts``"""
     added: Config = field(default_factory=dict)
     """Options that leave the run what it is while they have this value, see ``Experiment.added``"""
 
@@ -218,8 +218,8 @@ class Run:
 
     @cached_property
     def config_sha256(self) -> str:
-        """SHA-256 of the resolved configuration."""
-        return sha256_of(self._config_as_first_made)
+        """SHA-256 of the resolved configuration, but for paths: where things lie differs between machines."""
+        return sha256_of(_without(self._config_as_first_made, _names_a_path))
 
     @property
     def _config_as_first_made(self) -> Config:
@@ -244,16 +244,19 @@ def sha256_of(value: Any) -> str:
 
 def without_paths(value: Any) -> Any:
     """Return a configuration without paths and without settings that cannot change a result."""
+    return _without(value, lambda key: key in NOT_IN_KEY or _names_a_path(key))
+
+
+def _without(value: Any, is_left_out: Callable[[str], bool]) -> Any:
     if isinstance(value, dict):
-        return {key: without_paths(item) for key, item in value.items() if not _is_outside_key(key)}
+        return {key: _without(item, is_left_out) for key, item in value.items() if not is_left_out(key)}
     if isinstance(value, list):
-        return [without_paths(item) for item in value]
+        return [_without(item, is_left_out) for item in value]
     return value
 
 
-def _is_outside_key(key: str) -> bool:
-    names_a_path = key != "class_path" and key.split("_")[-1] in PATH_WORDS
-    return key in NOT_IN_KEY or names_a_path
+def _names_a_path(key: str) -> bool:
+    return key != "class_path" and key.split("_")[-1] in PATH_WORDS
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -658,6 +661,30 @@ def with_imports(runs: Iterable[Run], hashes: Sequence[str], built_in: Collectio
     """
     own = tuple(sorted(hashes))
     return [replace(run, imported=own) if own and not parts_of(run.config) <= set(built_in) else run for run in runs]
+
+
+def with_texts(runs: Iterable[Run], directory: str | None, hashes_of: Callable[[str], tuple[str, ...]]) -> list[Run]:
+    """Return ``runs``, those whose data can read a folder reading ``directory``, if one is given.
+
+    A run on a text of the user's own (``data.corpus: folder``) is tied to the hashes of its files, so that another text
+    is another run; a known corpus is the same one wherever it lies.
+    """
+    found = []
+    for run in runs:
+        if directory is not None and reads_folder(run):
+            config = copy.deepcopy(run.config)
+            config["data"]["init_args"]["directory"] = directory
+            run = replace(run, config=config)
+        data = run.config["data"].get("init_args") or {}
+        if data.get("corpus") == "folder" and data.get("directory"):
+            run = replace(run, imported=(*run.imported, *hashes_of(data["directory"])))
+        found.append(run)
+    return found
+
+
+def reads_folder(run: Run) -> bool:
+    """Return whether the data of a run can be read from a folder."""
+    return "directory" in (run.config["data"].get("init_args") or {})
 
 
 def parts_of(config: Any) -> set[str]:

@@ -264,14 +264,14 @@ def own_map(toy, text="# first"):
 
 
 def test_an_edited_file_makes_new_runs_of_its_own_parts_only(toy):
-    from fwp_lightning.cli import _tie_to_imports
+    from fwp_lightning.cli import _tie_to_files
 
     path = own_map(toy)
     runs = toy.runs()
-    first = _tie_to_imports([str(path)])(runs)
-    again = _tie_to_imports([str(path)])(runs)
+    first = _tie_to_files([str(path)], None)(runs)
+    again = _tie_to_files([str(path)], None)(runs)
     path.write_text("# second\n")
-    second = _tie_to_imports([str(path)])(runs)
+    second = _tie_to_files([str(path)], None)(runs)
     assert [run.run_key for run in first] == [run.run_key for run in again]
     changed = {one.row for one, other in zip(first, second, strict=True) if one.run_key != other.run_key}
     assert changed == {"plain", "steep"}

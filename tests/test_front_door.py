@@ -29,6 +29,7 @@ MAKE_VARIABLES = {
     "MAKELEVEL",
     "PROFILE",
     "PROTOCOL",
+    "DATA",
     "JOBS",
     "PYTHON",
     "UV",
@@ -121,7 +122,7 @@ def clone(tmp_path: Path) -> Clone:
 def test_help_is_the_default_and_lists_every_target() -> None:
     shown = run_make(ROOT).stdout
     assert shown == run_make(ROOT, "help").stdout
-    listed = set(re.findall(r"^  make ([a-z%-]+)", shown, flags=re.MULTILINE))
+    listed = set(re.findall(r"^  make ([a-z0-9%-]+)", shown, flags=re.MULTILINE))
     assert listed == makefile_targets()
 
 
@@ -225,6 +226,8 @@ def test_options_reach_the_sweep() -> None:
     shown = run_make(ROOT, "-n", "reproduce-figure2", "PROFILE=short", "PROTOCOL=corrected", "JOBS=7").stdout
     assert "fwp sweep figure2 --profile short --protocol corrected --jobs 7" in " ".join(shown.split())
     assert "--protocol" not in run_make(ROOT, "-n", "reproduce-figure2").stdout
+    assert "--data 'my texts' --jobs" in run_make(ROOT, "-n", "reproduce-figure2", "DATA=my texts").stdout
+    assert "--data" not in run_make(ROOT, "-n", "reproduce-figure2").stdout
 
 
 def test_reproduce_names_every_experiment() -> None:
@@ -314,7 +317,7 @@ def test_readme_names_only_targets_that_exist() -> None:
     [
         ("make reproduce-figure2 PROFILE=short", None),
         ("make reproduce-figure99", "no such make target"),
-        ("make data-wikitext103", "no such make target"),
+        ("make data-wikitext99", "no such make target"),
         ("fwp sweep figure2", None),
         ("fwp swep figure2", "no such fwp command"),
         ("python -m reports figure99", "no such report"),

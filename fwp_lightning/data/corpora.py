@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fwp_lightning.data.download import Progress, RemoteFile, download
+from fwp_lightning.data.download import Progress, RemoteFile, download, sha256_of_file
 from fwp_lightning.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -26,6 +27,8 @@ class Size:
     lines: int
     tokens: int
     """Words and one end of line each"""
+    sha256: str = ""
+    """Of its words, a space between them, a newline after each line; empty: not known"""
 
 
 @dataclass(frozen=True)
@@ -44,18 +47,23 @@ class KnownCorpus:
         return f"data-{self.name.replace('-', '')}"
 
 
-def _wikitext(number: int, vocabulary_size: int, train: Size, files: dict[str, tuple[str, int]]) -> KnownCorpus:
-    """Return a WikiText; ``files`` has each file's name here, that on the hub and its bytes."""
-    config = f"wikitext-{number}"
+def _wikitext(
+    number: int, *, vocabulary_size: int, train: Size, valid_sha256: str, test_sha256: str, files: dict[str, int]
+) -> KnownCorpus:
+    """Return a WikiText; ``files`` has the name of each file on the hub, and its bytes."""
+    name = f"wikitext-{number}"
     return KnownCorpus(
-        name=config,
+        name=name,
         title=f"WikiText-{number}",
         vocabulary_size=vocabulary_size,
-        # the evaluation texts of both have the same lines and differ in their <unk>
-        sizes={"train": train, "valid": Size(3_760, 217_646), "test": Size(4_358, 245_569)},
+        # the evaluation texts of both have the same counts and differ in their <unk>
+        sizes={
+            "train": train,
+            "valid": Size(3_760, 217_646, valid_sha256),
+            "test": Size(4_358, 245_569, test_sha256),
+        },
         files=tuple(
-            RemoteFile(url=f"{HUB}/{config}-v1/{there}.parquet", name=f"{here}.parquet", size=size)
-            for here, (there, size) in files.items()
+            RemoteFile(f"{HUB}/{name}-v1/{file}.parquet", f"{file}.parquet", size) for file, size in files.items()
         ),
     )
 
@@ -64,21 +72,25 @@ _TWO = _wikitext(
     2,
     vocabulary_size=33_278,
     train=Size(36_718, 2_088_628),
+    valid_sha256="4427e8fc24d5ceaaff4f1d9ee42f4e82172572b107d6a4e1f32d84fa7913c3ff",
+    test_sha256="f68796e87c3250872a5a82da5027c4f75494ca617fbad67e36acce8a057ff3e8",
     files={
-        "train": ("train-00000-of-00001", 6_068_114),
-        "valid": ("validation-00000-of-00001", 617_738),
-        "test": ("test-00000-of-00001", 685_430),
+        "train-00000-of-00001": 6_068_114,
+        "validation-00000-of-00001": 617_738,
+        "test-00000-of-00001": 685_430,
     },
 )
 _ONE_HUNDRED_AND_THREE = _wikitext(
     103,
     vocabulary_size=267_735,
     train=Size(1_801_350, 103_227_021),
+    valid_sha256="457c37cc16b260d7052de1cc82854038ea655c4b281277a6d57dfd353d208bbb",
+    test_sha256="d60a1c910b4ed1cd5fcba38f3aa51a8dada0b15b8787a2bf85d78eff346696c7",
     files={
-        "train-0": ("train-00000-of-00002", 155_788_327),
-        "train-1": ("train-00001-of-00002", 155_928_670),
-        "valid": ("validation-00000-of-00001", 655_106),
-        "test": ("test-00000-of-00001", 721_735),
+        "train-00000-of-00002": 155_788_327,
+        "train-00001-of-00002": 155_928_670,
+        "validation-00000-of-00001": 655_106,
+        "test-00000-of-00001": 721_735,
     },
 )
 KNOWN_CORPORA = {corpus.name: corpus for corpus in (_TWO, _ONE_HUNDRED_AND_THREE)}
@@ -106,7 +118,8 @@ def files_of_split(folder: Path, split: str) -> list[Path]:
     """Return the files of one split in order: text, gzipped text, parquet, or the names of WikiText's own archive."""
     names = (f"{split}.txt", f"{split}.txt.gz", f"{split}.parquet", f"wiki.{split}.tokens")
     found = [[folder / name] for name in names if (folder / name).is_file()]
-    if shards := sorted(folder.glob(f"{split}-[0-9]*.parquet")):
+    # the hub says "validation"
+    if shards := sorted(folder.glob(f"{split}*-[0-9]*.parquet")):
         found.append(shards)
     if len(found) > 1:
         both = " and ".join(files[0].name for files in found)
@@ -123,6 +136,12 @@ def files_of_corpus(folder: Path) -> dict[str, list[Path]]:
         names = " and ".join(f"{split}.txt" for split in missing)
         raise UserError(f"{folder} has no {names} (nor {missing[0]}.txt.gz, {missing[0]}.parquet); put the text there.")
     return files
+
+
+def hashes_of_folder(folder: str) -> tuple[str, ...]:
+    """Return the SHA-256 of each file of a folder's text."""
+    files = files_of_corpus(Path(folder).expanduser())
+    return tuple(sha256_of_file(path) for paths in files.values() for path in paths)
 
 
 def read_lines(path: Path) -> Iterator[list[str]]:
@@ -167,6 +186,7 @@ class LineCheck:
         self.lines = 0
         self.tokens = 0
         self._blank = 0
+        self._hash = hashlib.sha256()
 
     def over(self, lines: Iterator[list[str]]) -> Iterator[list[str]]:
         """Yield the lines; at their end complain if they hold no text, or next to none."""
@@ -174,6 +194,7 @@ class LineCheck:
             self.lines += 1
             self.tokens += len(words) + 1
             self._blank += not words
+            self._hash.update(f"{' '.join(words)}\n".encode())
             yield words
         if self._blank == self.lines:
             raise UserError(f"{self.source} holds no word; put the text there.")
@@ -186,18 +207,24 @@ class LineCheck:
     @property
     def size(self) -> Size:
         """What was read."""
-        return Size(self.lines, self.tokens)
+        return Size(self.lines, self.tokens, self._hash.hexdigest())
 
 
 def check_counts(corpus: KnownCorpus, sizes: dict[str, Size], vocabulary_size: int, folder: Path) -> None:
     """Raise ``UserError`` if a text is not the corpus that it is called."""
     for split, expected in corpus.sizes.items():
         found = sizes[split]
-        if found != expected:
+        if (found.lines, found.tokens) != (expected.lines, expected.tokens):
             raise UserError(
                 f"{folder}: {split} has {found.tokens:,} tokens in {found.lines:,} lines, {corpus.title} has "
                 f"{expected.tokens:,} in {expected.lines:,}; fetch it with make {corpus.make_target}, or say "
                 f"data.corpus: folder if it is a text of your own."
+            )
+        if expected.sha256 not in ("", found.sha256):
+            raise UserError(
+                f"{folder}: {split} has the counts of {corpus.title} but other words (SHA-256 {found.sha256[:12]}... "
+                f"instead of {expected.sha256[:12]}...; the WikiTexts differ in what is <unk>); fetch it with make "
+                f"{corpus.make_target}."
             )
     if vocabulary_size != corpus.vocabulary_size:
         raise UserError(

@@ -96,8 +96,9 @@ def _fetch(file: RemoteFile, partial: Path, progress: Progress) -> str | None:
         except _Broken as error:
             failures = 1 if _size(partial) > before else failures + 1
             if failures >= TRIES:
-                kept = f"{_size(partial) / 2**20:.1f} MB are kept, run it again to go on" if _size(partial) else ""
-                advice = kept or "check the network and run it again, or fetch the file by other means"
+                kept = f"{_size(partial) / 1e6:.1f} MB are kept, run it again to go on"
+                other = f"check the network and run it again, or put the file there as {partial.with_suffix('')}"
+                advice = kept if _size(partial) else other
                 raise UserError(f"{file.url} cannot be fetched: {error}; {advice}.") from error
             time.sleep(PAUSE_SECONDS * failures)
 

@@ -25,7 +25,7 @@ from fwp_lightning.data.vocabulary import CHUNK_TOKENS, Ids, Vocabulary, WordCou
 from fwp_lightning.errors import UserError, sentence_of
 
 # raised when the same text would give other files
-FORMAT = 1
+FORMAT = 2
 Say = Callable[[str], None]
 
 

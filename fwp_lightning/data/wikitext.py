@@ -62,15 +62,18 @@ class Windows(NamedTuple):
 class Batches(IterableDataset, Generic[Batch]):  # type: ignore[type-arg]
     """A number of batches, each made when its turn comes."""
 
-    def __init__(self, indices: Callable[[], range], batch: Callable[[int], Batch]) -> None:
-        """Yield ``batch(index)`` for each of ``indices``."""
-        self.indices, self.batch = indices, batch
+    def __init__(self, number: int, batch: Callable[[int], Batch], first: Callable[[], int] = lambda: 0) -> None:
+        """Yield ``batch(index)`` for ``number`` indices from ``first()`` on."""
+        self.number, self.batch, self.first = number, batch, first
 
     def __iter__(self) -> Iterator[Batch]:
-        return map(self.batch, self.indices())
+        # Lightning makes the iterator of a resumed run before it knows the epoch: ask when the first batch is due
+        first = self.first()
+        for index in range(first, first + self.number):
+            yield self.batch(index)
 
     def __len__(self) -> int:
-        return len(self.indices())
+        return self.number
 
 
 class WikiTextData(L.LightningDataModule):
@@ -200,12 +203,15 @@ class WikiTextData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Segment]:
         """Return the micro-batches of one block of optimiser steps: those of the trainer's current epoch."""
 
-        def indices() -> range:
-            first = (self.trainer.current_epoch if self.trainer else 0) * self.steps_per_block * self.accumulation
-            return range(first, first + self.steps_per_block * self.accumulation)
+        number = self.steps_per_block * self.accumulation
 
-        batches = Batches(indices, lambda index: self._training_segment(*divmod(index, self.accumulation)))
-        return DataLoader(batches, batch_size=None)
+        def batch(index: int) -> Segment:
+            return self._training_segment(*divmod(index, self.accumulation))
+
+        def first() -> int:
+            return number * (self.trainer.current_epoch if self.trainer else 0)
+
+        return DataLoader(Batches(number, batch, first), batch_size=None)
 
     # --- evaluation
 
@@ -223,7 +229,7 @@ class WikiTextData(L.LightningDataModule):
         if batch_size % world_size == 0:
             share = batch_size // world_size
             streams = streams[rank * share : (rank + 1) * share]
-        return Batches(lambda: range(n_segments), lambda index: _segment(streams, index, length, 0))
+        return Batches(n_segments, lambda index: _segment(streams, index, length, 0))
 
     def windows(
         self,
@@ -255,7 +261,7 @@ class WikiTextData(L.LightningDataModule):
             some = slice(index * batch_size, (index + 1) * batch_size)
             return _windows(tokens, starts[some], scored[some], length)
 
-        return Batches(lambda: range(-(-len(starts) // batch_size)), batch)
+        return Batches(-(-len(starts) // batch_size), batch)
 
     def val_dataloader(self) -> DataLoader[Segment]:
         """Return one pass through the validation text in segments of T."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 from fwp_lightning.experiment import Run
@@ -121,6 +122,25 @@ class PlainLines:
 
     def close(self) -> None:
         """Do nothing: every line is out already."""
+
+
+@contextlib.contextmanager
+def transfer_display(title: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Yield what shows how many bytes of how many are here: a bar on a terminal, a line every tenth elsewhere."""
+    out = console()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=out, disable=not out.is_terminal) as progress:
+        task = progress.add_task(title, total=None)
+        tenths = -1
+
+        def show(done: int, total: int | None) -> None:
+            nonlocal tenths
+            progress.update(task, completed=done, total=total)
+            if total and not out.is_terminal and 10 * done // total > tenths:
+                tenths = 10 * done // total
+                out.print(f"{title}: {done / 1e6:.1f} of {total / 1e6:.1f} MB", highlight=False)
+
+        yield show
 
 
 def rows_table(lines: Iterable[RowStatus], *, title: str | None = None) -> Table:
