@@ -176,6 +176,7 @@ def _add_sweep(commands: Any) -> None:
     parser.add_argument("--protocol", help="released or corrected (default: the experiment's own)")
     parser.add_argument("--jobs", type=_positive, metavar="N", help="worker processes (default: one per core)")
     parser.add_argument("--rows", type=_words, metavar="A,B", help="only these rows")
+    parser.add_argument("--points", type=_words, metavar="N=1,N=2", help="only these grid values, as in n_keys=100")
     parser.add_argument("--seeds", type=_numbers, metavar="1,2", help="these seeds instead of the experiment's")
     _add_data_folder(parser)
     parser.add_argument("--dry-run", action="store_true", help="show the runs and what they will cost, train nothing")
@@ -239,7 +240,7 @@ def _version() -> str:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from fwp_lightning.experiment import find_project, load_experiment, reads_folder, resolve_runs
+    from fwp_lightning.experiment import at_points, find_project, load_experiment, reads_folder, resolve_runs
     from fwp_lightning.sweep import run_sweep, show_plan
     from fwp_lightning.tracking import describe_origin
 
@@ -256,6 +257,8 @@ def _sweep(options: argparse.Namespace) -> int:
             seeds=options.seeds,
         )
     ]
+    if options.points:
+        runs = at_points(runs, options.points)
     runs = prepare(runs)
     if options.data is not None and not any(reads_folder(run) for run in runs):
         raise UserError(f"--data {options.data}: none of these runs reads a text; leave the option out.")

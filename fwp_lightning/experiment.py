@@ -617,6 +617,16 @@ def resolve_runs(
     ]
 
 
+def at_points(runs: Sequence[Run], points: Sequence[str]) -> list[Run]:
+    """Return the runs at one of some grid values, each as in ``n_keys=100``."""
+    known = sorted({value for run in runs for value in run.point.split(", ") if value}, key=natural_key)
+    for point in points:
+        if point not in known:
+            said = did_you_mean(point, known) if known else "They have no grid."
+            raise UserError(f"none of these runs is at {point!r}. {said}")
+    return [run for run in runs if set(points) & set(run.point.split(", "))]
+
+
 def _profile(experiment: Experiment, profile: str) -> Profile:
     if profile not in experiment.profiles:
         known = did_you_mean(profile, list(experiment.profiles))

@@ -11,6 +11,7 @@ import pytest
 from fwp_lightning.errors import UserError
 from fwp_lightning.experiment import (
     Project,
+    at_points,
     experiment_names,
     find_project,
     load_experiment,
@@ -297,3 +298,10 @@ def test_an_added_option_that_the_base_lacks_is_named(toy):
     toy.edit("base/toy", "data_dir: data}}", "data_dir: data}}\nadded: {model.attention.mu: 0}")
     with pytest.raises(UserError, match=r"added: the base configuration has no key 'model.attention.mu'"):
         toy.runs()
+
+
+def test_points_choose_runs_and_an_unknown_one_is_named(toy):
+    assert {run.point for run in at_points(toy.runs(), ["n_keys=10"])} == {"n_keys=10"}
+    assert at_points(toy.runs(), ["n_keys=10", "n_keys=2"]) == toy.runs()
+    with pytest.raises(UserError, match=r"none of these runs is at 'n_key=2'. Did you mean 'n_keys=2'\?"):
+        at_points(toy.runs(), ["n_key=2"])
