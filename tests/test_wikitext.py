@@ -350,6 +350,15 @@ def test_validation_during_training_goes_through_the_text_in_segments(tmp_path: 
         assert ours.continues == theirs.continues
 
 
+def test_the_final_evaluation_is_what_the_task_chooses(tmp_path: Path) -> None:
+    data = numbers(101, tmp_path, length=6)
+    assert data.test_dataloader() == []
+    data.test_batches = [data.windows("valid", batch_size=9), data.segments("test", length=5)]
+    windows, segments = data.test_dataloader()
+    assert sum(int(batch.scored.sum()) for batch in windows) == 100
+    assert sum(batch.targets.numel() for batch in segments) == 100
+
+
 # --- texts that are refused -------------------------------------------------------------------------------------------
 
 

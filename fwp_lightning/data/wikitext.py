@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Generic, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args
 
 import lightning as L
 import numpy as np
@@ -120,11 +120,9 @@ class WikiTextData(L.LightningDataModule):
             raise ValueError("data.corpus=folder needs data.directory, a folder with train.txt, valid.txt and test.txt")
         self.corpus, self.directory = corpus, directory
         self.length, self.batch_size, self.accumulation = length, batch_size, accumulation
-        self.steps_per_block, self.evaluation_batch_size, self.n_tokens = (
-            steps_per_block,
-            evaluation_batch_size,
-            n_tokens,
-        )
+        self.steps_per_block, self.evaluation_batch_size = steps_per_block, evaluation_batch_size
+        self.n_tokens = n_tokens
+        self.test_batches: list[Batches[Any]] = []
         self._check_parts(1)
 
     # --- the text
@@ -268,6 +266,10 @@ class WikiTextData(L.LightningDataModule):
         shared = {"rank": self._rank, "world_size": self._world_size}
         batches = self.segments("valid", batch_size=self.evaluation_batch_size, **shared)
         return DataLoader(batches, batch_size=None)
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """Return the passes of the final evaluation, which the task chooses by setting ``test_batches``."""
+        return [DataLoader(batches, batch_size=None) for batches in self.test_batches]
 
     # --- sizes
 
