@@ -50,7 +50,7 @@ template <class Real> struct Problem {
     }
 };
 
-int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+constexpr int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
 template <class V, class Real> inline V load(const Real *from) {
     V out;
@@ -117,7 +117,8 @@ inline Lanes<double>::type tanh_precisely(Lanes<double>::type x) {
     return x;
 }
 
-template <class Real> class Training {
+// SIZE is D where the compiler shall know it, so that loops over D unroll; 0 leaves it to the problem.
+template <class Real, int64_t SIZE> class Training {
   public:
     using V = typename Lanes<Real>::type;
 
@@ -143,7 +144,7 @@ template <class Real> class Training {
     // loss of step n, its gradients in p.gradients
     Real step(int64_t n) {
         keys = p.keys + n * B * T, values = p.values + n * B * T, queries = p.queries + n * B, targets = p.targets + n * B;
-        directions = p.map == FAVOR ? p.directions + (p.directions_per_step ? n * m * D : 0) : nullptr;
+        directions = p.map == FAVOR ? p.directions + (p.directions_per_step ? n * m * D() : 0) : nullptr;
         project();
         Real loss = 0;
         for (int64_t b = 0; b < B; ++b) loss += sequence(b);
@@ -168,23 +169,27 @@ template <class Real> class Training {
     }
 
   private:
+    int64_t D() const { return SIZE ? SIZE : p.size; }
+    int64_t row() const { return padded(D()); }
+    int64_t ring() const { return padded(2 * D()); }
+
     Training(const Problem<Real> &problem, int) : p(problem) {}
 
     template <class Take> void lay_out(Take take) {
-        B = p.batch, T = p.pairs, S = p.n_keys, e = p.n_embedding, D = p.size, m = p.map == FAVOR ? p.n_directions : 0;
-        row = padded(D), ring = padded(2 * D), directions_row = padded(m);
-        features = p.map == DPFP ? p.nu * ring : p.map == FAVOR ? 2 * directions_row : row;
-        ring_pad = padded(p.nu), ring_row = ring_pad + ring + padded(p.nu) + LANES;
-        key_table = take(S * row), value_table = take(S * row), grad_key_table = take(S * row), grad_value_table = take(S * row);
-        query = take(B * row), grad_query = take(B * row), queried = take(B * e), grad_queried = take(B * e);
-        key_exp = take(p.map == ELU ? S * row : 0), value_exp = take(p.map == ELU ? S * row : 0);
+        B = p.batch, T = p.pairs, S = p.n_keys, e = p.n_embedding, m = p.map == FAVOR ? p.n_directions : 0;
+        directions_row = padded(m);
+        features = p.map == DPFP ? p.nu * ring() : p.map == FAVOR ? 2 * directions_row : row();
+        ring_pad = padded(p.nu), ring_row = ring_pad + ring() + padded(p.nu) + LANES;
+        key_table = take(S * row()), value_table = take(S * row()), grad_key_table = take(S * row()), grad_value_table = take(S * row());
+        query = take(B * row()), grad_query = take(B * row()), queried = take(B * e), grad_queried = take(B * e);
+        key_exp = take(p.map == ELU ? S * row() : 0), value_exp = take(p.map == ELU ? S * row() : 0);
         key_beta = take(S), value_beta = take(S), grad_key_beta = take(S), grad_value_beta = take(S);
         weights = take(T), grads = take(T), beta = take(T), grad_beta = take(T), scales = take(T), y = take(S), grad_y = take(S);
         query_phi = take(features), grad_query_phi = take(features), state = take(features), adjoint = take(features);
         const bool keeps_rows = p.rule == DELTA || p.rule == FWM;
         phi = take(keeps_rows ? T * features : 0), grad_phi = take(p.rule == FWM ? T * features : TILE * features);
-        u = take(TILE * (ring + LANES)), grad_u = take(TILE * (ring + LANES)), u_ring = take(TILE * ring_row), pulled_ring = take(TILE * ring_row);
-        query_u = take(ring + LANES), grad_query_u = take(ring + LANES);
+        u = take(TILE * (ring() + LANES)), grad_u = take(TILE * (ring() + LANES)), u_ring = take(TILE * ring_row), pulled_ring = take(TILE * ring_row);
+        query_u = take(ring() + LANES), grad_query_u = take(ring() + LANES);
         key_projected = take(S * directions_row), value_projected = take(S * directions_row);
         key_powers = take(2 * S * directions_row), value_powers = take(2 * S * directions_row);
         grad_key_projected = take(S * directions_row), grad_value_projected = take(S * directions_row);
@@ -208,15 +213,15 @@ template <class Real> class Training {
     // ---- projections: keys are sums of two table rows ----
     void project() {
         const Real *E = p.parameters[EMBEDDING], *W = p.parameters[W_K];
-        for (int64_t i = 0; i < S; ++i) std::copy_n(p.parameters[B_K], D, key_table + i * row);
-        product(false, true, S, D, e, E, e, W + S, p.n_pair(), 1, key_table, row);
-        for (int64_t d = 0; d < D; ++d)
-            for (int64_t j = 0; j < S; ++j) value_table[j * row + d] = W[d * p.n_pair() + j];
+        for (int64_t i = 0; i < S; ++i) std::copy_n(p.parameters[B_K], D(), key_table + i * row());
+        product(false, true, S, D(), e, E, e, W + S, p.n_pair(), 1, key_table, row());
+        for (int64_t d = 0; d < D(); ++d)
+            for (int64_t j = 0; j < S; ++j) value_table[j * row() + d] = W[d * p.n_pair() + j];
         for (int64_t b = 0; b < B; ++b) {
             std::copy_n(E + queries[b] * e, e, queried + b * e);
-            std::copy_n(p.parameters[B_Q], D, query + b * row);
+            std::copy_n(p.parameters[B_Q], D(), query + b * row());
         }
-        product(false, true, B, D, e, queried, e, p.parameters[W_Q], e, 1, query, row);
+        product(false, true, B, D(), e, queried, e, p.parameters[W_Q], e, 1, query, row());
         if (p.has_beta()) {
             const Real *w = p.parameters[W_BETA];
             std::copy_n(w, S, value_beta);
@@ -225,7 +230,7 @@ template <class Real> class Training {
             std::fill_n(grad_key_beta, S, Real(0));
             std::fill_n(grad_value_beta, S, Real(0));
         }
-        for (Real *table : {grad_key_table, grad_value_table}) std::fill_n(table, S * row, Real(0));
+        for (Real *table : {grad_key_table, grad_value_table}) std::fill_n(table, S * row(), Real(0));
         if (p.map == FAVOR) project_on_directions();
         if (p.map == ELU) exponentiate_tables();
     }
@@ -234,14 +239,14 @@ template <class Real> class Training {
         if (p.map == FAVOR) project_on_directions_backward();
         const Real *E = p.parameters[EMBEDDING], *W = p.parameters[W_K];
         Real *const *g = p.gradients;
-        for (int64_t d = 0; d < D; ++d)
-            for (int64_t j = 0; j < S; ++j) g[W_K][d * p.n_pair() + j] = grad_value_table[j * row + d];
-        product(true, false, D, e, S, grad_key_table, row, E, e, 0, g[W_K] + S, p.n_pair());
-        product(false, false, S, e, D, grad_key_table, row, W + S, p.n_pair(), 0, g[EMBEDDING], e);
+        for (int64_t d = 0; d < D(); ++d)
+            for (int64_t j = 0; j < S; ++j) g[W_K][d * p.n_pair() + j] = grad_value_table[j * row() + d];
+        product(true, false, D(), e, S, grad_key_table, row(), E, e, 0, g[W_K] + S, p.n_pair());
+        product(false, false, S, e, D(), grad_key_table, row(), W + S, p.n_pair(), 0, g[EMBEDDING], e);
         column_sums(grad_key_table, S, g[B_K]);
-        product(true, false, D, e, B, grad_query, row, queried, e, 0, g[W_Q], e);
+        product(true, false, D(), e, B, grad_query, row(), queried, e, 0, g[W_Q], e);
         column_sums(grad_query, B, g[B_Q]);
-        product(false, false, B, e, D, grad_query, row, p.parameters[W_Q], e, 0, grad_queried, e);
+        product(false, false, B, e, D(), grad_query, row(), p.parameters[W_Q], e, 0, grad_queried, e);
         for (int64_t b = 0; b < B; ++b)
             for (int64_t i = 0; i < e; ++i) g[EMBEDDING][queries[b] * e + i] += grad_queried[b * e + i];
         if (!p.has_beta()) return;
@@ -254,14 +259,14 @@ template <class Real> class Training {
     }
 
     void column_sums(const Real *rows, int64_t n, Real *sums) const {
-        std::fill_n(sums, D, Real(0));
+        std::fill_n(sums, D(), Real(0));
         for (int64_t i = 0; i < n; ++i)
-            for (int64_t d = 0; d < D; ++d) sums[d] += rows[i * row + d];
+            for (int64_t d = 0; d < D(); ++d) sums[d] += rows[i * row() + d];
     }
 
     // ---- one sequence: read, compare, and pull the error back ----
     Real sequence(int64_t b) {
-        key_ids = keys + b * T, value_ids = values + b * T, q = query + b * row, grad_q = grad_query + b * row, sequence_index = b;
+        key_ids = keys + b * T, value_ids = values + b * T, q = query + b * row(), grad_q = grad_query + b * row(), sequence_index = b;
         std::fill_n(y, S, Real(0));
         prepare_query();
         if (p.has_beta()) write_strengths();
@@ -320,7 +325,7 @@ template <class Real> class Training {
     void read_by_kernel() {
         kernels();
         if (p.rule == SOFTMAX) {
-            const Real scale = 1 / std::sqrt(Real(D)), peak = *std::max_element(weights, weights + T);
+            const Real scale = 1 / std::sqrt(Real(D())), peak = *std::max_element(weights, weights + T);
             for (int64_t t = 0; t < T; t += LANES) store(weights + t, exp_of((load<V>(weights + t) - peak) * scale));
         }
         Real sum = 0;
@@ -336,7 +341,7 @@ template <class Real> class Training {
         Real mean = 0;
         if (p.rule == SOFTMAX || p.normalise_readout)
             for (int64_t t = 0; t < T; ++t) mean += weights[t] * grad_y[value_ids[t]];
-        const Real scale = 1 / std::sqrt(Real(D));
+        const Real scale = 1 / std::sqrt(Real(D()));
         for (int64_t t = 0; t < T; ++t) {
             const Real g = grad_y[value_ids[t]] - mean;
             grads[t] = p.rule == SOFTMAX ? g * weights[t] * scale : g / denominator;
@@ -350,9 +355,10 @@ template <class Real> class Training {
         if (p.map == DPFP) return ring_kernels();
         if (p.map == FAVOR) return exponential_kernels();
         for (int64_t t = 0; t < T; ++t) {
+            const int64_t i = key_ids[t] * row(), j = value_ids[t] * row();
             V sum{}, f, unused;
-            for (int64_t d = 0; d < row; d += LANES) {
-                mapped_pair(key_ids[t] * row + d, value_ids[t] * row + d, f, unused);
+            for (int64_t d = 0; d < row(); d += LANES) {
+                mapped_pair(i + d, j + d, f, unused);
                 sum += f * load<V>(query_phi + d);
             }
             weights[t] = total(sum);
@@ -361,17 +367,20 @@ template <class Real> class Training {
     void kernels_backward() {
         if (p.map == DPFP) return ring_kernels_backward();
         if (p.map == FAVOR) return exponential_kernels_backward();
-        for (int64_t d = 0; d < row; d += LANES) {
+        for (int64_t d = 0; d < row(); d += LANES) {
             const V against = load<V>(query_phi + d);
+            Real *key_grad = grad_key_table + d, *value_grad = grad_value_table + d;
+            const int64_t *ids = key_ids, *others = value_ids;
+            const Real *g_t = grads;
             V grad{};
             for (int64_t t = 0; t < T; ++t) {
-                const int64_t i = key_ids[t] * row + d, j = value_ids[t] * row + d;
+                const int64_t i = ids[t] * row(), j = others[t] * row();
                 V f, slope_of_f;
-                mapped_pair(i, j, f, slope_of_f);
-                grad += grads[t] * f;
-                const V g = grads[t] * against * slope_of_f;
-                add(grad_key_table + i, g);
-                add(grad_value_table + j, g);
+                mapped_pair(i + d, j + d, f, slope_of_f);
+                grad += g_t[t] * f;
+                const V g = g_t[t] * against * slope_of_f;
+                add(key_grad + i, g);
+                add(value_grad + j, g);
             }
             store(grad_query_phi + d, grad);
         }
@@ -392,7 +401,7 @@ template <class Real> class Training {
     }
     void exponentiate_tables() {
         V high{};
-        for (int64_t i = 0; i < S * row; i += LANES) {
+        for (int64_t i = 0; i < S * row(); i += LANES) {
             const V a = load<V>(key_table + i), b = load<V>(value_table + i);
             store(key_exp + i, exp_of(a));
             store(value_exp + i, exp_of(b));
@@ -416,91 +425,111 @@ template <class Real> class Training {
     }
 
     // ---- DPFP: with p = u o u_q on the ring of 2 D, the kernel is sum_i p_i (p_(i+1) + .. + p_(i+nu)) ----
-    // u = [relu(x), relu(-x)] of token t, zeros behind
-    void rectify(const Real *x, Real *to) const {
-        for (int64_t d = 0; d < row; d += LANES) store(to + d, positive_part(load<V>(x + d)));
-        for (int64_t d = 0; d < row; d += LANES) store(to + D + d, positive_part(-load<V>(x + d)));
+    // u = [relu(x), relu(-x)], zeros behind; `x(d)` are the components from d on
+    template <class X> void rectify(X x, Real *to) const {
+        if (D() % LANES == 0) {
+            for (int64_t d = 0; d < row(); d += LANES) {
+                const V at_d = x(d);
+                store(to + d, positive_part(at_d));
+                store(to + D() + d, positive_part(-at_d));
+            }
+            return;
+        }
+        // the last vector of the first half lies over the start of the second
+        for (int64_t d = 0; d < row(); d += LANES) store(to + d, positive_part(x(d)));
+        for (int64_t d = 0; d < row(); d += LANES) store(to + D() + d, positive_part(-x(d)));
     }
     void rectify_pair(int64_t t, Real *to) const {
-        const Real *a = key_table + key_ids[t] * row, *c = value_table + value_ids[t] * row;
-        for (int64_t d = 0; d < row; d += LANES) store(to + d, positive_part(load<V>(a + d) + load<V>(c + d)));
-        for (int64_t d = 0; d < row; d += LANES) store(to + D + d, positive_part(-(load<V>(a + d) + load<V>(c + d))));
+        const Real *a = key_table + key_ids[t] * row(), *c = value_table + value_ids[t] * row();
+        rectify([=](int64_t d) { return load<V>(a + d) + load<V>(c + d); }, to);
     }
     // copies the ends of a ring of 2 D at `at` behind and before it
     void close_ring(Real *at) const {
-        for (int64_t i = 0; i < p.nu; ++i) at[2 * D + i] = at[i % (2 * D)];
-        for (int64_t i = 1; i <= p.nu; ++i) at[-i] = at[2 * D - i];
+        const int64_t nu = p.nu, end = 2 * D();
+        for (int64_t i = 0; i < nu; ++i) {
+            at[end + i] = at[i];
+            at[-1 - i] = at[end - 1 - i];
+        }
     }
     // the gradient of u, in `grad`, into those of the table rows of token t
     void unrectify_pair(int64_t t, const Real *u_t, const Real *grad) const {
-        Real *a = grad_key_table + key_ids[t] * row, *c = grad_value_table + value_ids[t] * row;
-        for (int64_t d = 0; d < row; d += LANES) {
+        Real *a = grad_key_table + key_ids[t] * row(), *c = grad_value_table + value_ids[t] * row();
+        for (int64_t d = 0; d < row(); d += LANES) {
             const V g = unrectified(d, u_t, grad);
             add(a + d, g);
             add(c + d, g);
         }
     }
     V unrectified(int64_t d, const Real *u_t, const Real *grad) const {
-        return (load<V>(u_t + d) > 0 ? load<V>(grad + d) : V{}) - (load<V>(u_t + D + d) > 0 ? load<V>(grad + D + d) : V{});
+        return (load<V>(u_t + d) > 0 ? load<V>(grad + d) : V{}) - (load<V>(u_t + D() + d) > 0 ? load<V>(grad + D() + d) : V{});
     }
 
     // u and the closed ring of p = u o u_q for the tokens of a tile; staged, so that no load waits for a store just made
     int64_t tile_of_rings(int64_t first) {
-        const int64_t n = std::min<int64_t>(TILE, T - first);
-        for (int64_t i = 0; i < n; ++i) rectify_pair(first + i, u + i * (ring + LANES));
+        const int64_t n = std::min<int64_t>(TILE, T - first), u_row = ring() + LANES;
+        const Real *us = u, *against = query_u;
+        for (int64_t i = 0; i < n; ++i) rectify_pair(first + i, u + i * u_row);
         for (int64_t i = 0; i < n; ++i) {
             Real *at = ring_at(i);
-            for (int64_t d = 0; d < ring; d += LANES) store(at + d, load<V>(u + i * (ring + LANES) + d) * load<V>(query_u + d));
+            for (int64_t d = 0; d < ring(); d += LANES) store(at + d, load<V>(us + i * u_row + d) * load<V>(against + d));
         }
         for (int64_t i = 0; i < n; ++i) close_ring(ring_at(i));
         return n;
     }
     void ring_kernels() {
+        const int64_t u_row = ring() + LANES, between = ring_row, nu = p.nu;
         for (int64_t first = 0; first < T; first += TILE) {
             const int64_t n = tile_of_rings(first);
-            for (int64_t i = 0; i < n; ++i) {
-                const Real *at = ring_at(i), *own = u + i * (ring + LANES);
-                V sum{};
-                for (int64_t d = 0; d < ring; d += LANES) {
-                    V neighbours = load<V>(at + d + 1);
-                    for (int64_t j = 2; j <= p.nu; ++j) neighbours += load<V>(at + d + j);
+            const Real *us = u, *rings = ring_at(0), *against = query_u;
+            // all of a tile, also where the last is not full: a fixed number of sums stays in registers
+            V sums[TILE] = {};
+            for (int64_t d = 0; d < ring(); d += LANES) {
+                const V q_d = load<V>(against + d);
+                for (int64_t i = 0; i < TILE; ++i) {
+                    const Real *at = rings + i * between + d;
+                    V neighbours = load<V>(at + 1);
+                    for (int64_t j = 2; j <= nu; ++j) neighbours += load<V>(at + j);
                     // the ring itself is not zero behind its end; u is
-                    sum += load<V>(own + d) * load<V>(query_u + d) * neighbours;
+                    sums[i] += load<V>(us + i * u_row + d) * q_d * neighbours;
                 }
-                weights[first + i] = total(sum);
             }
+            for (int64_t i = 0; i < n; ++i) weights[first + i] = total(sums[i]);
         }
     }
     void ring_kernels_backward() {
-        std::fill_n(grad_query_u, ring, Real(0));
+        std::fill_n(grad_query_u, ring(), Real(0));
+        const int64_t u_row = ring() + LANES, between = ring_row, nu = p.nu;
         for (int64_t first = 0; first < T; first += TILE) {
             const int64_t n = tile_of_rings(first);
-            for (int64_t i = 0; i < n; ++i) {
-                const Real *at = ring_at(i), *own = u + i * (ring + LANES);
-                const Real g = grads[first + i];
-                Real *grad = grad_u + i * (ring + LANES);
-                for (int64_t d = 0; d < ring; d += LANES) {
-                    V neighbours = load<V>(at + d + 1) + load<V>(at + d - 1);
-                    for (int64_t j = 2; j <= p.nu; ++j) neighbours += load<V>(at + d + j) + load<V>(at + d - j);
-                    neighbours *= g;
-                    add(grad_query_u + d, neighbours * load<V>(own + d));
-                    store(grad + d, neighbours * load<V>(query_u + d));
+            const Real *us = u, *rings = ring_at(0), *against = query_u, *g = grads + first;
+            Real *grad = grad_u, *grad_against = grad_query_u;
+            for (int64_t d = 0; d < ring(); d += LANES) {
+                const V q_d = load<V>(against + d);
+                V sum = load<V>(grad_against + d);
+                for (int64_t i = 0; i < n; ++i) {
+                    const Real *at = rings + i * between + d;
+                    V neighbours = load<V>(at + 1) + load<V>(at - 1);
+                    for (int64_t j = 2; j <= nu; ++j) neighbours += load<V>(at + j) + load<V>(at - j);
+                    neighbours *= g[i];
+                    sum += neighbours * load<V>(us + i * u_row + d);
+                    store(grad + i * u_row + d, neighbours * q_d);
                 }
+                store(grad_against + d, sum);
             }
-            for (int64_t i = 0; i < n; ++i) unrectify_pair(first + i, u + i * (ring + LANES), grad_u + i * (ring + LANES));
+            for (int64_t i = 0; i < n; ++i) unrectify_pair(first + i, us + i * u_row, grad + i * u_row);
         }
     }
 
     // ---- queries ----
     void prepare_query() {
         if (p.map == DPFP) {
-            rectify(q, query_u);
+            rectify([this](int64_t d) { return load<V>(q + d); }, query_u);
             if (p.rule == SUM) return;
             ring_features(1, query_u, query_phi);
         } else if (p.map == FAVOR) {
             exponential_query();
         } else {
-            for (int64_t d = 0; d < row; d += LANES) store(query_phi + d, mapped(load<V>(q + d)));
+            for (int64_t d = 0; d < row(); d += LANES) store(query_phi + d, mapped(load<V>(q + d)));
             clear_padding(query_phi);
         }
         if (p.rule != DELTA) return;
@@ -517,16 +546,16 @@ template <class Real> class Training {
         if (p.map == FAVOR) return exponential_query_backward();
         if (p.map == DPFP) {
             if (p.rule != SUM) ring_features_backward(1, query_u, grad_query_phi, grad_query_u);
-            for (int64_t d = 0; d < row; d += LANES) store(grad_q + d, unrectified(d, query_u, grad_query_u));
+            for (int64_t d = 0; d < row(); d += LANES) store(grad_q + d, unrectified(d, query_u, grad_query_u));
             return;
         }
-        for (int64_t d = 0; d < row; d += LANES) {
+        for (int64_t d = 0; d < row(); d += LANES) {
             const V x = load<V>(q + d);
             store(grad_q + d, load<V>(grad_query_phi + d) * slope(x, mapped(x)));
         }
     }
     void clear_padding(Real *features_row) const {
-        for (int64_t d = D; d < row; ++d) features_row[d] = 0;
+        for (int64_t d = D(); d < row(); ++d) features_row[d] = 0;
     }
     Real sum_of(const Real *x) const {
         V sum{};
@@ -547,29 +576,34 @@ template <class Real> class Training {
     // ---- rows of features, for rules that need more than the kernel ----
     // DPFP of n vectors u (zeros behind 2 D), in stages, so that no load waits for a store just made
     void ring_features(int64_t n, const Real *us, Real *out) const {
-        for (int64_t i = 0; i < n; ++i) copy_to_ring(us + i * (ring + LANES), ring_at(i));
+        const int64_t u_row = ring() + LANES, E = features, nu = p.nu;
+        for (int64_t i = 0; i < n; ++i) copy_to_ring(us + i * u_row, ring_at(i));
         for (int64_t i = 0; i < n; ++i) close_ring(ring_at(i));
-        for (int64_t i = 0; i < n; ++i)
-            for (int64_t j = 1; j <= p.nu; ++j)
-                for (int64_t d = 0; d < ring; d += LANES)
-                    store(out + i * features + (j - 1) * ring + d,
-                          load<V>(us + i * (ring + LANES) + d) * load<V>(ring_at(i) + d + j));
+        for (int64_t i = 0; i < n; ++i) {
+            const Real *own = us + i * u_row, *at = ring_at(i);
+            for (int64_t j = 1; j <= nu; ++j) {
+                Real *to = out + i * E + (j - 1) * ring();
+                for (int64_t d = 0; d < ring(); d += LANES) store(to + d, load<V>(own + d) * load<V>(at + d + j));
+            }
+        }
     }
     // grad_u_i = sum_j g_(j,i) u_(i+j) + (g_j o u)_(i-j)
     void ring_features_backward(int64_t n, const Real *us, const Real *grad, Real *grad_us) const {
-        for (int64_t i = 0; i < n; ++i) copy_to_ring(us + i * (ring + LANES), ring_at(i));
+        const int64_t u_row = ring() + LANES, E = features, nu = p.nu;
+        for (int64_t i = 0; i < n; ++i) copy_to_ring(us + i * u_row, ring_at(i));
         for (int64_t i = 0; i < n; ++i) close_ring(ring_at(i));
-        for (int64_t j = 1; j <= p.nu; ++j) {
+        for (int64_t j = 1; j <= nu; ++j) {
             for (int64_t i = 0; i < n; ++i) {
-                const Real *g = grad + i * features + (j - 1) * ring, *own = us + i * (ring + LANES);
-                for (int64_t d = 0; d < ring; d += LANES) store(pulled_at(i) + d, load<V>(g + d) * load<V>(own + d));
+                const Real *g = grad + i * E + (j - 1) * ring(), *own = us + i * u_row;
+                Real *pulled = pulled_at(i);
+                for (int64_t d = 0; d < ring(); d += LANES) store(pulled + d, load<V>(g + d) * load<V>(own + d));
             }
             for (int64_t i = 0; i < n; ++i) close_ring(pulled_at(i));
             for (int64_t i = 0; i < n; ++i) {
-                const Real *g = grad + i * features + (j - 1) * ring;
-                Real *to = grad_us + i * (ring + LANES);
-                for (int64_t d = 0; d < ring; d += LANES) {
-                    const V own = load<V>(g + d) * load<V>(ring_at(i) + d + j) + load<V>(pulled_at(i) + d - j);
+                const Real *g = grad + i * E + (j - 1) * ring(), *at = ring_at(i) + j, *pulled = pulled_at(i) - j;
+                Real *to = grad_us + i * u_row;
+                for (int64_t d = 0; d < ring(); d += LANES) {
+                    const V own = load<V>(g + d) * load<V>(at + d) + load<V>(pulled + d);
                     store(to + d, j == 1 ? own : load<V>(to + d) + own);
                 }
             }
@@ -578,7 +612,7 @@ template <class Real> class Training {
     Real *ring_at(int64_t i) const { return u_ring + i * ring_row + ring_pad; }
     Real *pulled_at(int64_t i) const { return pulled_ring + i * ring_row + ring_pad; }
     void copy_to_ring(const Real *u_t, Real *at) const {
-        for (int64_t d = 0; d < ring; d += LANES) store(at + d, load<V>(u_t + d));
+        for (int64_t d = 0; d < ring(); d += LANES) store(at + d, load<V>(u_t + d));
     }
 
     void feature_rows() {
@@ -586,14 +620,14 @@ template <class Real> class Training {
         for (int64_t first = 0; first < T; first += TILE) {
             const int64_t n = std::min<int64_t>(TILE, T - first);
             if (p.map == DPFP) {
-                for (int64_t i = 0; i < n; ++i) rectify_pair(first + i, u + i * (ring + LANES));
+                for (int64_t i = 0; i < n; ++i) rectify_pair(first + i, u + i * (ring() + LANES));
                 ring_features(n, u, phi + first * features);
                 continue;
             }
             for (int64_t t = first; t < first + n; ++t) {
-                for (int64_t d = 0; d < row; d += LANES) {
+                for (int64_t d = 0; d < row(); d += LANES) {
                     V f, unused;
-                    mapped_pair(key_ids[t] * row + d, value_ids[t] * row + d, f, unused);
+                    mapped_pair(key_ids[t] * row() + d, value_ids[t] * row() + d, f, unused);
                     store(phi + t * features + d, f);
                 }
                 clear_padding(phi + t * features);
@@ -603,9 +637,9 @@ template <class Real> class Training {
     // gradients of the features of n tokens, at most TILE, into those of the tables
     void feature_rows_backward(int64_t first, int64_t n, const Real *grad) {
         if (p.map == DPFP) {
-            for (int64_t i = 0; i < n; ++i) rectify_pair(first + i, u + i * (ring + LANES));
+            for (int64_t i = 0; i < n; ++i) rectify_pair(first + i, u + i * (ring() + LANES));
             ring_features_backward(n, u, grad, grad_u);
-            for (int64_t i = 0; i < n; ++i) unrectify_pair(first + i, u + i * (ring + LANES), grad_u + i * (ring + LANES));
+            for (int64_t i = 0; i < n; ++i) unrectify_pair(first + i, u + i * (ring() + LANES), grad_u + i * (ring() + LANES));
             return;
         }
         for (int64_t t = first; t < first + n; ++t, grad += features) {
@@ -613,8 +647,8 @@ template <class Real> class Training {
                 exponential_row_backward(t, grad);
                 continue;
             }
-            for (int64_t d = 0; d < row; d += LANES) {
-                const int64_t i = key_ids[t] * row + d, j = value_ids[t] * row + d;
+            for (int64_t d = 0; d < row(); d += LANES) {
+                const int64_t i = key_ids[t] * row() + d, j = value_ids[t] * row() + d;
                 V unused, slope_of_f;
                 mapped_pair(i, j, unused, slope_of_f);
                 const V g = load<V>(grad + d) * slope_of_f;
@@ -633,10 +667,12 @@ template <class Real> class Training {
             scales[t] = s / denominators(t);
         }
         std::copy_n(query_phi, features, state);
+        Real *r = state;
+        const int64_t E = features;
         for (int64_t t = T - 1; t >= 0; --t) {
             const Real *f = phi + t * features;
             const Real a = beta[t] * (dot(f, state) * scales[t]), step = a * scales[t];
-            for (int64_t i = 0; i < features; i += LANES) store(state + i, load<V>(state + i) - step * load<V>(f + i));
+            for (int64_t i = 0; i < E; i += LANES) store(r + i, load<V>(r + i) - step * load<V>(f + i));
             weights[t] = a;
             y[value_ids[t]] += a;
         }
@@ -644,25 +680,27 @@ template <class Real> class Training {
     // forwards in time: the residual is wound up again, which is stable because sum-normalised keys have a norm of at most 1
     void read_by_adjoint_backward() {
         std::fill_n(adjoint, features, Real(0));
+        Real *residual = state, *pulled = adjoint;
+        const int64_t E = features;
         for (int64_t t = 0; t < T; ++t) {
-            const Real *f = phi + t * features;
+            const Real *f = phi + t * E;
             const Real a = weights[t], s = scales[t], seen = dot(f, adjoint) * s;
             const Real lambda = grad_y[value_ids[t]] - seen, mu = beta[t] * lambda;
             const Real undo = a * s, add_on = mu * s;
-            Real *grad = grad_phi + t % TILE * features;
+            Real *grad = grad_phi + t % TILE * E;
             V reads{};
-            for (int64_t i = 0; i < features; i += LANES) {
-                const V x = load<V>(f + i), r = load<V>(state + i) + undo * x, sum = load<V>(adjoint + i);
+            for (int64_t i = 0; i < E; i += LANES) {
+                const V x = load<V>(f + i), r = load<V>(residual + i) + undo * x, sum = load<V>(pulled + i);
                 reads += x * r;
-                store(state + i, r);
+                store(residual + i, r);
                 store(grad + i, mu * r - a * sum);
-                store(adjoint + i, sum + add_on * x);
+                store(pulled + i, sum + add_on * x);
             }
             const Real retrieved = total(reads) * s;
             grad_beta[t] = lambda * retrieved;
             // through k = phi / (sum phi + eps); gradient . k is known already
             const Real along = mu * retrieved - a * seen, inverse = 1 / denominators(t);
-            for (int64_t i = 0; i < features; i += LANES) store(grad + i, (load<V>(grad + i) - along) * inverse);
+            for (int64_t i = 0; i < E; i += LANES) store(grad + i, (load<V>(grad + i) - along) * inverse);
             const int64_t waiting = t % TILE + 1;
             if (waiting == TILE || t == T - 1) feature_rows_backward(t + 1 - waiting, waiting, grad_phi);
         }
@@ -700,11 +738,11 @@ template <class Real> class Training {
     void project_on_directions() {
         const Real s = p.input_scale;
         for (Real *table : {key_table, value_table})
-            for (int64_t i = 0; i < S * row; ++i) table[i] *= s;
-        for (int64_t i = 0; i < B * row; ++i) query[i] *= s;
-        product(false, true, S, m, D, key_table, row, directions, D, 0, key_projected, directions_row);
-        product(false, true, S, m, D, value_table, row, directions, D, 0, value_projected, directions_row);
-        product(false, true, B, m, D, query, row, directions, D, 0, query_projected, directions_row);
+            for (int64_t i = 0; i < S * row(); ++i) table[i] *= s;
+        for (int64_t i = 0; i < B * row(); ++i) query[i] *= s;
+        product(false, true, S, m, D(), key_table, row(), directions, D(), 0, key_projected, directions_row);
+        product(false, true, S, m, D(), value_table, row(), directions, D(), 0, value_projected, directions_row);
+        product(false, true, B, m, D(), query, row(), directions, D(), 0, query_projected, directions_row);
         powers(key_projected, key_powers, key_peak);
         powers(value_projected, value_powers, value_peak);
         for (Real *table : {grad_key_projected, grad_value_projected}) std::fill_n(table, S * directions_row, Real(0));
@@ -732,12 +770,12 @@ template <class Real> class Training {
     }
     void project_on_directions_backward() {
         const Real s = p.input_scale;
-        product(false, false, S, D, m, grad_key_projected, directions_row, directions, D, 1, grad_key_table, row);
-        product(false, false, S, D, m, grad_value_projected, directions_row, directions, D, 1, grad_value_table, row);
-        product(false, false, B, D, m, grad_query_projected, directions_row, directions, D, 1, grad_query, row);
+        product(false, false, S, D(), m, grad_key_projected, directions_row, directions, D(), 1, grad_key_table, row());
+        product(false, false, S, D(), m, grad_value_projected, directions_row, directions, D(), 1, grad_value_table, row());
+        product(false, false, B, D(), m, grad_query_projected, directions_row, directions, D(), 1, grad_query, row());
         for (Real *table : {grad_key_table, grad_value_table})
-            for (int64_t i = 0; i < S * row; ++i) table[i] *= s;
-        for (int64_t i = 0; i < B * row; ++i) grad_query[i] *= s;
+            for (int64_t i = 0; i < S * row(); ++i) table[i] *= s;
+        for (int64_t i = 0; i < B * row(); ++i) grad_query[i] *= s;
     }
 
     // phi(q) in query_phi
@@ -773,19 +811,19 @@ template <class Real> class Training {
             along += plus + minus;
         }
         const Real sum = total(along);
-        for (int64_t d = 0; d < row; d += LANES) store(grad_q + d, -sum * load<V>(q + d));
+        for (int64_t d = 0; d < row(); d += LANES) store(grad_q + d, -sum * load<V>(q + d));
     }
     Real half_square(const Real *x) const {
         V sum{};
-        for (int64_t d = 0; d < row; d += LANES) sum += load<V>(x + d) * load<V>(x + d);
+        for (int64_t d = 0; d < row(); d += LANES) sum += load<V>(x + d) * load<V>(x + d);
         return total(sum) / 2;
     }
     // 1/sqrt(2m) in the exponent, where it decides what underflows
     Real log_count() const { return std::log(Real(2 * m)) / 2; }
     Real half_square_of_pair(int64_t t) const {
-        const Real *a = key_table + key_ids[t] * row, *c = value_table + value_ids[t] * row;
+        const Real *a = key_table + key_ids[t] * row(), *c = value_table + value_ids[t] * row();
         V sum{};
-        for (int64_t d = 0; d < row; d += LANES) {
+        for (int64_t d = 0; d < row(); d += LANES) {
             const V x = load<V>(a + d) + load<V>(c + d);
             sum += x * x;
         }
@@ -886,8 +924,8 @@ template <class Real> class Training {
         add_along_key(t, -total(along));
     }
     void add_along_key(int64_t t, Real factor) {
-        const int64_t i = key_ids[t] * row, j = value_ids[t] * row;
-        for (int64_t d = 0; d < row; d += LANES) {
+        const int64_t i = key_ids[t] * row(), j = value_ids[t] * row();
+        for (int64_t d = 0; d < row(); d += LANES) {
             const V g = factor * (load<V>(key_table + i + d) + load<V>(value_table + j + d));
             add(grad_key_table + i + d, g);
             add(grad_value_table + j + d, g);
@@ -897,8 +935,8 @@ template <class Real> class Training {
     static constexpr int64_t TILE = 8;
 
     const Problem<Real> &p;
-    int64_t B, T, S, e, D, m;
-    int64_t row, ring, directions_row, features, ring_pad, ring_row;
+    int64_t B, T, S, e, m;
+    int64_t directions_row, features, ring_pad, ring_row;
     const int64_t *keys, *values, *queries, *targets, *key_ids, *value_ids;
     const Real *directions;
     int64_t sequence_index;
@@ -915,21 +953,27 @@ template <class Real> class Training {
     Real *memory, *grad_memory, *memory_kept, *memory_scratch;
 };
 
+template <class Real, int64_t SIZE> void gradients(const Problem<Real> &p) { p.losses[0] = Training<Real, SIZE>(p).step(0); }
+
+template <class Real, int64_t SIZE> void steps(const Problem<Real> &p) {
+    Training<Real, SIZE> training(p);
+    for (int64_t n = 0; n < p.n_steps; ++n) {
+        p.losses[n] = training.step(n);
+        training.adam(p.steps_done + n + 1);
+    }
+}
+
 }  // namespace
 
 #define FWP_PAIR_TRAINING(REAL, SUFFIX)                                                                                   \
     extern "C" void fwp_pair_training_gradients_##SUFFIX(const Problem<REAL> *p) {                                        \
-        p->losses[0] = Training<REAL>(*p).step(0);                                                                        \
+        p->size == 64 ? gradients<REAL, 64>(*p) : gradients<REAL, 0>(*p);                                                 \
     }                                                                                                                     \
     extern "C" void fwp_pair_training_steps_##SUFFIX(const Problem<REAL> *p) {                                            \
-        Training<REAL> training(*p);                                                                                      \
-        for (int64_t n = 0; n < p->n_steps; ++n) {                                                                        \
-            p->losses[n] = training.step(n);                                                                              \
-            training.adam(p->steps_done + n + 1);                                                                         \
-        }                                                                                                                 \
+        p->size == 64 ? steps<REAL, 64>(*p) : steps<REAL, 0>(*p);                                                         \
     }                                                                                                                     \
     extern "C" int64_t fwp_pair_training_scratch_##SUFFIX(const Problem<REAL> *p) {                                       \
-        return Training<REAL>::scratch_numbers(*p);                                                                       \
+        return Training<REAL, 0>::scratch_numbers(*p);                                                                       \
     }
 
 FWP_PAIR_TRAINING(float, float32)
