@@ -35,7 +35,8 @@ BASE_KEYS = ("seed_everything", "trainer", "model", "data")
 # options that came after runs had been made: dotted option -> the value at which it changes nothing
 ADDED = "added"
 EXPERIMENT_KEYS = (
-    "title", "source", "base", "protocol", "seeds", "rows", "grid", "protocols", "profiles", "deviations", "report",
+    "title", "source", "base", "protocol", "seeds", "rows", "grid", "variants", "protocols", "profiles", "deviations",
+    "report",
 )  # fmt: skip
 VIEW_KEYS = ("title", "source", "runs_of", "rows", "grid", "profiles", "deviations", "report")
 
@@ -136,6 +137,7 @@ class Profile:
     rows: list[str] | None = None
     row_grid: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     row_set: dict[str, Config] = field(default_factory=dict)
+    variants: dict[str, dict[str, Config]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,8 @@ class Experiment:
     profiles: dict[str, Profile]
     seeds: list[int]
     grid: dict[str, list[Any]] = field(default_factory=dict)
+    variants: dict[str, dict[str, Config]] = field(default_factory=dict)
+    """Grid keys that are no option but a name for several: key -> value -> what it sets"""
     deviations: dict[str, str] = field(default_factory=dict)
     title: str = ""
     source: str = ""
@@ -428,13 +432,14 @@ class _Reader:
         for row in rows:
             self.overrides(rows, row, base, "rows.")
         protocols = self.protocols(content, base, rows)
-        profiles = self.profiles(content, base, rows)
+        variants = self.variants(content, base)
+        profiles = self.profiles(content, base, rows, variants)
         protocols = protocols or {DEFAULT_PROTOCOL: Protocol()}
         default = self.text(content, "protocol", next(iter(protocols)))
         if default not in protocols:
             raise self.fail("protocol", f"unknown protocol {default!r}. {did_you_mean(default, list(protocols))}")
         grid = self.grid(content, "grid")
-        self.grid_keys(grid, base, "grid")
+        self.grid_keys(grid, base, variants, "grid")
         return Experiment(
             name=name,
             base=base,
@@ -444,6 +449,7 @@ class _Reader:
             profiles=profiles,
             seeds=self.seeds(content, "seeds") or [int(base["seed_everything"])],
             grid=grid,
+            variants=variants,
             deviations=self.deviations(content, {*protocols, *profiles}),
             title=self.text(content, "title", ""),
             source=self.text(content, "source", ""),
@@ -467,7 +473,17 @@ class _Reader:
             found[name] = Protocol(version=version, statistic=statistic, set=shared, rows=by_row)
         return found
 
-    def profiles(self, content: Config, base: Config, rows: Config) -> dict[str, Profile]:
+    def variants(self, content: Config, base: Config, place: str = "") -> dict[str, dict[str, Config]]:
+        found: dict[str, dict[str, Config]] = {}
+        for key in self.mapping(content, "variants", place):
+            here = f"{place}variants.{key}."
+            named = self.mapping(content["variants"], key, f"{place}variants.")
+            found[key] = {value: self.overrides(named, value, base, here) for value in named}
+        return found
+
+    def profiles(
+        self, content: Config, base: Config, rows: Config, variants: dict[str, dict[str, Config]]
+    ) -> dict[str, Profile]:
         found = {}
         for name, settings in self.mapping(content, "profiles").items():
             place = f"profiles.{name}."
@@ -475,12 +491,15 @@ class _Reader:
             settings = settings or {}
             self.known_keys(settings, tuple(Profile.__dataclass_fields__), place[:-1])
             grid = self.grid(settings, "grid", place) if "grid" in settings else None
-            self.grid_keys(grid or {}, base, f"{place}grid")
+            own = self.variants(settings, base, place)
+            self.known_keys(own, tuple(variants), f"{place}variants")
+            known = {key: {**named, **own.get(key, {})} for key, named in variants.items()}
+            self.grid_keys(grid or {}, base, known, f"{place}grid")
             row_grid = {}
             for row in self.mapping(settings, "row_grid", place):
                 self.known_row(row, rows, f"{place}row_grid")
                 row_grid[row] = self.grid(settings["row_grid"], row, f"{place}row_grid.")
-                self.grid_keys(row_grid[row], base, f"{place}row_grid.{row}")
+                self.grid_keys(row_grid[row], base, known, f"{place}row_grid.{row}")
             found[name] = Profile(
                 set=self.overrides(settings, "set", base, place),
                 grid=grid,
@@ -488,12 +507,21 @@ class _Reader:
                 rows=self.row_names(settings, rows, place),
                 row_grid=row_grid,
                 row_set=self.row_overrides(settings, "row_set", base, rows, place),
+                variants=own,
             )
         return found or {name: Profile() for name in PROFILES}
 
-    def grid_keys(self, grid: Mapping[str, list[Any]], base: Config, place: str) -> None:
+    def grid_keys(
+        self, grid: Mapping[str, list[Any]], base: Config, variants: Mapping[str, Config], place: str
+    ) -> None:
         for key, values in grid.items():
-            merge(copy.deepcopy(base), {key: values[0]}, f"{self.file}: {place}")
+            if key not in variants:
+                merge(copy.deepcopy(base), {key: values[0]}, f"{self.file}: {place}")
+                continue
+            for value in values:
+                if value not in variants[key]:
+                    known = did_you_mean(str(value), list(variants[key]))
+                    raise self.fail(f"{place}.{key}", f"variants has no {value!r}. {known}")
 
     def deviations(self, content: Config, known: set[str]) -> dict[str, str]:
         sentences = self.mapping(content, "deviations")
@@ -644,7 +672,11 @@ def _points(experiment: Experiment, profile: Profile, row: str) -> Iterator[Conf
 def _resolve(experiment: Experiment, row: str, point: Config, seed: int, profile: str, protocol: str) -> Run:
     config = copy.deepcopy(experiment.base)
     how, scale = experiment.protocols[protocol], experiment.profiles[profile]
-    layers = [how.set, scale.set, experiment.rows[row], how.rows.get(row), scale.row_set.get(row), point]
+    settings: Config = {}
+    for key, value in point.items():
+        named = {**experiment.variants.get(key, {}), **scale.variants.get(key, {})}
+        settings |= named[value] if key in experiment.variants else {key: value}
+    layers = [how.set, scale.set, experiment.rows[row], how.rows.get(row), scale.row_set.get(row), settings]
     for layer in layers:
         merge(config, layer or {}, f"{experiment.name}, row {row!r}")
     config["seed_everything"] = seed

@@ -242,6 +242,38 @@ def test_splitting_with_the_state_equals_the_whole(name: str) -> None:
                 torch.testing.assert_close(ours, theirs, **EXACT)
 
 
+@pytest.mark.parametrize("norm", ["none", "readout"])
+@pytest.mark.parametrize("feature_map", ["elu", "dpfp"])
+def test_queries_of_the_released_sum_rule_have_no_gradient_from_the_carried_memory(norm: str, feature_map: str) -> None:
+    exact = build_memory(AttentionConfig("sum", feature_map, attention_norm=norm))
+    released = build_memory(AttentionConfig("sum", feature_map, attention_norm=norm, carried_query_gradient="none"))
+    q, k, v, _ = (x.requires_grad_() for x in tensors(2, 5, 2, 6, 4))
+    k_0, v_0 = tensors(2, 7, 2, 6, 4, seed=9)[1:3]
+    state = exact.write(k_0, v_0)
+    W_0, z_0 = state.memory[0], state.z
+    weights = torch.randn(2, 5, 2, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    (o, last), (o_exact, last_exact) = released(q, k, v, None, state), exact(q, k, v, None, state)
+    torch.testing.assert_close(o, o_exact, **EXACT)
+    torch.testing.assert_close(last.memory[0], last_exact.memory[0], **EXACT)
+
+    # what the released kernel's backward pass computes: memories rebuilt from zero, the normaliser's gradient whole
+    q_phi, k_phi = exact.query_features(q), exact.key_features(k)
+    W = torch.einsum("bthk,bthv->bthkv", k_phi, v).cumsum(1)
+    read = torch.einsum("bthk,bthkv->bthv", q_phi, W)
+    read = read + torch.einsum("bthk,bhkv->bthv", q_phi.detach(), W_0)
+    if norm == "readout":
+        assert z_0 is not None
+        z = k_phi.cumsum(1) + z_0.unsqueeze(1)
+        read = read / ((z * q_phi).sum(-1, keepdim=True) + released.config.attention_norm_eps)
+    ours = torch.autograd.grad((o * weights).sum(), (q, k, v))
+    expected = torch.autograd.grad((read * weights).sum(), (q, k, v))
+    for found, right in zip(ours, expected, strict=True):
+        torch.testing.assert_close(found, right, **EXACT)
+    whole = torch.autograd.grad((o_exact * weights).sum(), (q, k, v))
+    assert not torch.allclose(ours[0], whole[0])
+    torch.testing.assert_close(ours[1:], whole[1:], **EXACT)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_step_by_step_decoding_equals_the_whole_in_float32(name: str) -> None:
     attention = layer(CONFIGS[name]).eval()
@@ -405,6 +437,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         r"softmax .*attention_norm",
     ),
     "sum retrieves nothing": ({"rule": "sum", "attention_norm": "both"}, r"attention_norm=both .*rule sum"),
+    "carried gradients": ({"carried_query_gradient": "no"}, r"unknown carried_query_gradient 'no'.*Known: exact, none"),
+    "carried gradients of delta": ({"carried_query_gradient": "none"}, r"released sum rule, not of rule delta"),
     "fwm retrieves otherwise": ({"rule": "fwm", "attention_norm": "both"}, r"attention_norm.*fwm"),
     "fwm rescales": ({"rule": "fwm", "attention_norm": "readout"}, r"fwm .*attention_norm"),
     "vector without phi_norm": (

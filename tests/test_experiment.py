@@ -305,3 +305,55 @@ def test_points_choose_runs_and_an_unknown_one_is_named(toy):
     assert at_points(toy.runs(), ["n_keys=10", "n_keys=2"]) == toy.runs()
     with pytest.raises(UserError, match=r"none of these runs is at 'n_key=2'. Did you mean 'n_keys=2'\?"):
         at_points(toy.runs(), ["n_key=2"])
+
+
+SIZES = """
+variants:
+  size:
+    small: {data.n_keys: 2}
+    large: {data.n_keys: 9, model.noise: 0.7}
+grid: {size: [small, large]}
+"""
+
+
+def with_sizes(toy):
+    toy.edit("toy", "grid: {data.n_keys: [2, 10]}", SIZES)
+    toy.edit("toy", "row_grid: {tanh: {data.n_keys: [2]}}", "variants: {size: {large: {data.n_keys: 5}}}")
+    toy.edit("toy", "{grid: {data.n_keys: [3]}, ", "{grid: {size: [small]}, ")
+
+
+def test_a_variant_is_a_name_for_several_settings(toy):
+    with_sizes(toy)
+    runs = {run.name: run.config for run in toy.runs(rows=["plain"])}
+    assert list(runs) == ["toy/plain/size=small/seed1", "toy/plain/size=large/seed1"]
+    small, large = (config["data"]["init_args"]["n_keys"] for config in runs.values())
+    assert (small, large) == (2, 9)
+    assert [config["model"]["init_args"]["noise"] for config in runs.values()] == [0.2, 0.7]
+
+
+def test_a_profile_replaces_variants_of_its_own(toy):
+    with_sizes(toy)
+    configs = [run.config for run in toy.runs(rows=["plain"], profile="paper")]
+    assert [config["data"]["init_args"]["n_keys"] for config in configs] == [2, 5]
+    # the whole variant is replaced, its other settings with it
+    assert [config["model"]["init_args"]["noise"] for config in configs] == [0.2, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        (
+            "grid: {size: [small, large]}",
+            "grid: {size: [small, big]}",
+            "grid.size: variants has no 'big'. Known: small",
+        ),
+        ("small: {data.n_keys: 2}", "small: {data.n_key: 2}", "variants.size.small: the base configuration has no key"),
+        ("variants: {size: {large:", "variants: {width: {large:", "unknown key 'width'. Known: size"),
+    ],
+)
+def test_a_mistaken_variant_is_one_sentence(toy, old, new, sentence):
+    with_sizes(toy)
+    toy.edit("toy", old, new)
+    with pytest.raises(UserError) as caught:
+        load_experiment("toy", toy.project)
+    assert sentence in str(caught.value)

@@ -256,6 +256,34 @@ def test_independent_directions_are_not_orthogonal() -> None:
     assert float((R @ R.T).fill_diagonal_(0).abs().max()) > 0.5
 
 
+@pytest.mark.parametrize(("d_key", "m"), [(16, 8), (16, 24), (10, 4)])
+def test_released_directions_are_orthogonal_by_input_in_groups_of_m(d_key: int, m: int) -> None:
+    phi = favor(d_key=d_key, m=m, features="orthogonal_inputs")
+    inputs = phi.directions.double().T
+    assert inputs.shape == (d_key, m)
+    for rows in inputs.split(m):
+        gram = rows @ rows.T
+        torch.testing.assert_close(gram, torch.diag(gram.diagonal()), rtol=0, atol=1e-4)
+    squared = []
+    for _ in range(1500):
+        phi.resample()
+        squared.append(phi.directions.double().square().sum(0))
+    # |r|^2 of a standard Gaussian in m dimensions: mean m, variance 2 m; 5 standard errors of 1500 draws
+    assert float((torch.stack(squared).mean(0) - m).abs().max()) < 5 * math.sqrt(2 * m / 1500)
+
+
+def test_released_directions_estimate_a_smaller_kernel() -> None:
+    phi = favor(d_key=16, m=64, features="orthogonal_inputs", scaling="none", redraw="always")
+    q, k = 0.25 * normal(1, 1, 1, 16), 0.25 * normal(1, 40, 1, 16, seed=1)
+    estimates = []
+    for _ in range(1000):
+        phi.start_sequence()
+        estimates.append(phi.kernel(q, k).flatten())
+    ratio = torch.stack(estimates).mean(0) / torch.exp((k @ q.mT).flatten())
+    # orthogonal features would give 1 up to 0.01
+    assert float(ratio.mean()) < 0.985
+
+
 @pytest.mark.parametrize("features", ["orthogonal", "independent"])
 def test_each_direction_is_marginally_gaussian_up_to_its_sign(features: str) -> None:
     phi = favor(d_key=8, m=20, features=features)

@@ -13,8 +13,9 @@ from fwp_lightning.registry import did_you_mean
 class FavorConfig:
     """The five choices that the name FAVOR+ leaves open; the two parts of the released code differ in them."""
 
-    features: Literal["orthogonal", "independent"] = "orthogonal"
-    """Random directions orthogonal in groups of the input size (FAVOR+), or independent Gaussian (the text)."""
+    features: Literal["orthogonal", "independent", "orthogonal_inputs"] = "orthogonal"
+    """Random directions orthogonal in groups of the input size (FAVOR+); independent Gaussian (the text); or, as in the
+    released language model, the input's coordinates orthogonal in groups of m instead: a biased kernel."""
     scaling: Literal["none", "rsqrt_sqrt_d"] = "rsqrt_sqrt_d"
     """Multiply inputs by d^(-1/4), so that the kernel is exp(q.k / sqrt(d)); the released code does not: exp(q.k)."""
     stabilizer: Literal["none", "sequence", "vector"] = "none"
@@ -37,7 +38,7 @@ class FavorConfig:
 
 
 _FAVOR_CHOICES = {
-    "features": ("orthogonal", "independent"),
+    "features": ("orthogonal", "independent", "orthogonal_inputs"),
     "scaling": ("none", "rsqrt_sqrt_d"),
     "stabilizer": ("none", "sequence", "vector"),
     "redraw": ("never", "training", "always"),
@@ -45,6 +46,7 @@ _FAVOR_CHOICES = {
 PHI_NORMS = ("none", "sum")
 ATTENTION_NORMS = ("none", "readout", "both")
 OUTPUT_SCALES = ("none", "rsqrt_d")
+CARRIED_QUERY_GRADIENTS = ("exact", "none")
 SIGNED_MAPS = ("identity", "tanh")
 
 
@@ -76,11 +78,14 @@ class AttentionConfig:
     """Added to the sum of a query's features before phi_norm divides by it."""
     attention_norm_eps: float = 1e-6
     """Added to z . phi(q) before attention_norm divides by it."""
+    carried_query_gradient: str = "exact"
+    """none: what a query reads from the state carried in has no gradient to the query, as in the released sum rule."""
 
     def __post_init__(self) -> None:
         _check_choice("phi_norm", self.phi_norm, PHI_NORMS)
         _check_choice("attention_norm", self.attention_norm, ATTENTION_NORMS)
         _check_choice("output_scale", self.output_scale, OUTPUT_SCALES)
+        _check_choice("carried_query_gradient", self.carried_query_gradient, CARRIED_QUERY_GRADIENTS)
         for name in ("nu", "n_features"):
             if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
                 raise ValueError(f"{name}={getattr(self, name)} must be a whole number >= 1")
@@ -102,6 +107,11 @@ class AttentionConfig:
             raise ValueError(
                 f"attention_norm=both divides what a delta write retrieves; rule {self.rule} retrieves nothing that "
                 "way: set attention_norm: readout or none"
+            )
+        if self.carried_query_gradient == "none" and self.rule != "sum":
+            raise ValueError(
+                f"carried_query_gradient=none is a property of the released sum rule, not of rule {self.rule}; "
+                "set carried_query_gradient: exact"
             )
         if self.rule == "fwm" and self.attention_norm != "none":
             raise ValueError("rule fwm rescales its memory, so no accumulator z fits it; set attention_norm: none")

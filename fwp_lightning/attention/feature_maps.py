@@ -201,19 +201,21 @@ class Favor(FeatureMap):
         return drawn
 
     def _draw(self, n: int) -> Tensor:
-        blocks, orthogonal = -(-self.m // self.d_key), self.options.features == "orthogonal"
+        inputs_first = self.options.features == "orthogonal_inputs"
+        rows, size = (self.d_key, self.m) if inputs_first else (self.m, self.d_key)
+        orthogonal = self.options.features != "independent"
         gaussian, squares = [], []
         for _ in range(n):
-            gaussian.append(torch.randn(self.m, self.d_key, generator=self.generator, device="cpu"))
+            gaussian.append(torch.randn(rows, size, generator=self.generator, device="cpu"))
             if orthogonal:
-                size = (blocks, self.d_key, self.d_key)
-                squares.append(torch.randn(size, generator=self.generator, device="cpu"))
+                shape = (-(-rows // size), size, size)
+                squares.append(torch.randn(shape, generator=self.generator, device="cpu"))
         drawn = torch.stack(gaussian)
         if orthogonal:
-            rotations = torch.linalg.qr(torch.stack(squares)).Q.mT.reshape(n, -1, self.d_key)[:, : self.m]
+            rotations = torch.linalg.qr(torch.stack(squares)).Q.mT.reshape(n, -1, size)[:, :rows]
             # norms of their own keep each row marginally Gaussian
             drawn = rotations * drawn.norm(dim=-1, keepdim=True)
-        return drawn.to(self.directions)
+        return (drawn.mT if inputs_first else drawn).to(self.directions)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.queries(x)

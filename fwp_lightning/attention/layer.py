@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fwp_lightning import ops
 from fwp_lightning.attention.config import AttentionConfig
 from fwp_lightning.attention.feature_maps import FEATURE_MAPS, in_full_precision
-from fwp_lightning.attention.rules import RULES
+from fwp_lightning.attention.rules import RULES, SumRule
 
 
 class MemoryState(NamedTuple):
@@ -150,19 +150,26 @@ class FastWeightMemory(nn.Module):
             assert z_BTHK is not None
             assert beta is not None
             k_write, beta_write = self._normalised_retrieval(k, beta, z_BTHK - k, fresh=state is None)
-        o, memory = self.rule.scan(
-            q,
-            k_write,
-            v,
-            beta=beta_write,
-            state=state.memory if state else None,
-            backend=self.config.backend,
-            causal=causal,
-        )
+        o, memory = self._apply_rule(q, k_write, v, beta_write, state.memory if state else None, causal)
         if o is not None and q is not None and z_BTHK is not None:
             z_read = z_BTHK if causal else z_BTHK[:, -1:]
             o = o / ((z_read * q).sum(-1, keepdim=True) + self.config.attention_norm_eps)
         return o, MemoryState(memory, z_last)
+
+    def _apply_rule(
+        self,
+        q: Tensor | None,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor | None,
+        state: tuple[Tensor, ...] | None,
+        causal: bool,
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        backend = self.config.backend
+        if self.config.carried_query_gradient == "none" and state is not None and q is not None:
+            assert isinstance(self.rule, SumRule)
+            return self.rule.scan_apart(q, k, v, state=state, backend=backend, causal=causal)
+        return self.rule.scan(q, k, v, beta=beta, state=state, backend=backend, causal=causal)
 
     def _normalised_retrieval(self, k: Tensor, beta: Tensor, z_before: Tensor, *, fresh: bool) -> tuple[Tensor, Tensor]:
         """Divide what the write retrieves by d_t = z_{t-1} . k_t (eq. 27): the same rule with k / d and beta d.

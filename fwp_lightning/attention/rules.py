@@ -69,6 +69,16 @@ class SumRule(Rule):
         o, W = ops.sum_rule(q, k, v, state[0] if state else None, causal=causal, backend=backend)
         return o, (W,)
 
+    def scan_apart(
+        self, q: Tensor, k: Tensor, v: Tensor, *, state: State, backend: str, causal: bool
+    ) -> tuple[Tensor, State]:
+        """Same numbers as ``scan``, but no gradient of what is read from the incoming state reaches the queries.
+
+        The released kernel's backward pass rebuilds the memory from zero, so that it lacks that term of dL/dq.
+        """
+        o, (written,) = self.scan(q, k, v, beta=None, state=None, backend=backend, causal=causal)
+        return o + self.read(q.detach(), state), (written + state[0],)
+
     def attention_weights(self, q: Tensor, k: Tensor, beta: Tensor | None) -> Tensor:
         return ops.attention_weights(q, k)
 
@@ -112,6 +122,8 @@ class SoftmaxRule(Rule):
         if q is None:
             return None, (k, v)
         past = k.shape[1] - q.shape[1]
+        if causal and past == 0:
+            return self._attend(q, k, v, is_causal=True), (k, v)
         mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril(past) if causal else None
         return self._attend(q, k, v, mask), (k, v)
 
@@ -119,9 +131,9 @@ class SoftmaxRule(Rule):
         return self._attend(q, *state)
 
     @staticmethod
-    def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        o = scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
-        return o.transpose(1, 2)
+    def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, is_causal: bool = False) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal).transpose(1, 2)
 
     def attention_weights(self, q: Tensor, k: Tensor, beta: Tensor | None) -> Tensor:
         return torch.softmax(ops.attention_weights(q, k) * q.shape[-1] ** -0.5, dim=-1)

@@ -28,6 +28,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from fwp_lightning.errors import RunBusy, RunStopped, sentence_of
 from fwp_lightning.experiment import CHECKPOINT_SECONDS, Config, Project, Run
@@ -248,6 +249,11 @@ class ExactCheckpoint(Callback):
         """Stop within an epoch only if its end is long in coming."""
         asked = self.stop()
         if asked is not None and asked > STOP_SECONDS:
+            raise RunStopped
+
+    def on_test_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Stop at once: the final evaluation is made anew."""
+        if self.stop() is not None:
             raise RunStopped
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -521,8 +527,11 @@ def _fit(run: Run, recorder: RunRecorder, shared: Circumstances, folder: Path) -
     cli = RunCLI(run.config, settings, [checkpoint, measurements])
     trainer, task = cli.trainer, cli.model
     trainer.fit(task, cli.datamodule, ckpt_path=newest_checkpoint(folder), weights_only=True)
+    diverged = divergence_of(task, measurements)
+    if diverged is None and is_overridden("test_step", task):
+        trainer.test(task, cli.datamodule, verbose=False)
     recorder.log_points(measurements.summary(trainer, task), steps_of(trainer, task))
-    return divergence_of(task, measurements), bool(getattr(task, "keep_checkpoint", False))
+    return diverged, bool(getattr(task, "keep_checkpoint", False))
 
 
 def divergence_of(task: LightningModule, measurements: Measurements) -> str | None:

@@ -1,0 +1,434 @@
+"""Language modelling (Sec. 6.3): Adam with warm-up and cosine, truncated or carried context, final evaluations."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+
+from fwp_lightning.attention import AttentionConfig, MemoryState
+from fwp_lightning.data.wikitext import Batches, Segment, Split, WikiTextData, Windows
+from fwp_lightning.models.language_model import LanguageModel, build_language_model
+from fwp_lightning.models.transformer import Architecture
+from fwp_lightning.models.transformer_xl import TransformerXL
+from fwp_lightning.tasks.perplexity import WordPerplexity
+
+SPLITS: tuple[Split, ...] = ("valid", "test")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How the best weights are scored at the end, on valid and test; each word but the first is scored once."""
+
+    kind: Literal["windows", "segments"] = "windows"
+    """windows: of T words, moved on by ``stride``; segments: T words after T words, the state carried if trained so."""
+    stride: int = 1
+    """Words that a window scores, its last ones; the first window scores all. 1 in the paper."""
+    batch_size: int = 64
+    """Windows at a time."""
+    contexts: list[list[int]] = field(default_factory=list)
+    """Transformer-XL: pairs of memory and target length, each scored by itself; [] is that of the training."""
+    largest_distance: int = 0
+    """Transformer-XL: clamp distances to this, as the released evaluation does; 0: do not."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("windows", "segments"):
+            raise ValueError(f"evaluation.kind={self.kind!r} is unknown. Known: windows, segments.")
+        for name in ("stride", "batch_size"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"evaluation.{name}={value} must be a whole number >= 1")
+        for pair in self.contexts:
+            if len(pair) != 2 or any(type(n) is not int for n in pair) or pair[0] < 0 or pair[1] < 1:
+                raise ValueError(f"evaluation.contexts holds {pair}; give pairs of memory and target, as in [64, 64]")
+        if type(self.largest_distance) is not int or self.largest_distance < 0:
+            raise ValueError(f"evaluation.largest_distance={self.largest_distance} must be a whole number >= 0")
+
+
+class FinalPass(NamedTuple):
+    """One pass over a split with the best weights."""
+
+    split: Split
+    name: str
+    """Of the metric."""
+    length: int
+    memory: int | None = None
+    span: int = 0
+
+
+class LanguageModelingTask(L.LightningModule):
+    """Train a language model for ``max_steps`` optimiser steps; score the weights of the best validation.
+
+    One Lightning batch is one micro-batch, one Lightning epoch a block of optimiser steps, so that a run can be
+    interrupted after any block, in the middle of the text.
+    """
+
+    monitor = "valid/loss"
+    monitor_mode = "min"
+    keep_checkpoint = True
+
+    model: LanguageModel
+    _tokens: Tensor
+
+    def __init__(
+        self,
+        attention: AttentionConfig,
+        architecture: Architecture,
+        evaluation: Evaluation,
+        lr: float = 2.5e-4,
+        warmup_steps: int = 2000,
+        first_step: Literal["full", "warm"] = "warm",
+        max_steps: int = 500_000,
+        context: Literal["segment", "carried"] = "segment",
+        compute: Literal["eager", "compiled"] = "eager",
+    ) -> None:
+        """Check the numbers and what does not go together.
+
+        Args:
+            attention: of every block.
+            architecture: sizes and positions.
+            evaluation: of the best weights, at the end.
+            lr: Adam's learning rate after the warm-up.
+            warmup_steps: optimiser steps of the linear warm-up.
+            first_step: full: the first update uses the whole lr, as in the released code; warm: it is warmed up too.
+            max_steps: optimiser steps of training; the cosine ends there at 0.
+            context: segment: every segment starts from an empty state; carried: it goes on from the last one's.
+            compute: eager or compiled (torch.compile): the same function.
+        """
+        super().__init__()
+        for name, number in [("lr", lr), ("max_steps", max_steps)]:
+            if not (math.isfinite(number) and number > 0):
+                raise ValueError(f"model.{name}={number} must be > 0")
+        if not 0 <= warmup_steps <= max_steps:
+            raise ValueError(f"model.warmup_steps={warmup_steps} must be from 0 to max_steps={max_steps}")
+        for name, value, known in [
+            ("first_step", first_step, ("full", "warm")),
+            ("context", context, ("segment", "carried")),
+            ("compute", compute, ("eager", "compiled")),
+        ]:
+            if value not in known:
+                raise ValueError(f"model.{name}={value!r} is unknown. Known: {', '.join(known)}.")
+        check_context(context, architecture, attention, evaluation)
+        self.attention, self.architecture, self.evaluation = attention, architecture, evaluation
+        self.lr, self.warmup_steps, self.first_step = lr, warmup_steps, first_step
+        self.max_steps, self.context, self.compute = max_steps, context, compute
+        self.diverged: str | None = None
+        self.perplexity = WordPerplexity()
+        self.register_buffer("_tokens", torch.zeros((), dtype=torch.int64))
+        self._block_loss: Tensor | float = 0.0
+        self._carried: dict[int, list[Any]] = {}
+        self._evaluated: list[Any] | None = None
+        self._best: dict[str, Any] | None = None
+        self._best_loss = math.inf
+        self._compiled: Callable[..., Any] | None = None
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps done."""
+        return int(self.trainer.global_step)
+
+    @property
+    def tokens(self) -> int:
+        """Words predicted in training."""
+        return int(self._tokens)
+
+    @property
+    def data(self) -> WikiTextData:
+        """The datamodule."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, WikiTextData)
+        return data
+
+    def build_model(self, data: L.LightningDataModule) -> nn.Module:
+        """Return a fresh model for ``data``."""
+        assert isinstance(data, WikiTextData)
+        return build_language_model(self.architecture, self.attention, data.vocabulary_size)
+
+    def configure_model(self) -> None:
+        """Build the model once the data are known."""
+        if not hasattr(self, "model"):
+            self.model = self.build_model(self.data)  # type: ignore[assignment]
+
+    def describe(self) -> dict[str, Any]:
+        """Return the facts of a run that its configuration does not spell out."""
+        a = self.attention
+        return {
+            "rule": a.rule,
+            "feature_map": a.feature_map,
+            "phi_norm": a.phi_norm,
+            "attention_norm": a.attention_norm,
+            "backend": a.backend,
+            "n_params": sum(p.numel() for p in self.model.parameters()),
+            "state": self.model.state_size(self.data.length),
+        }
+
+    # --- training
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Return Adam with PyTorch's betas and eps, and its schedule by the step."""
+        optimizer = torch.optim.Adam(self.model.parameters(), lr=self.lr, fused=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def lr_factor(self, done: int) -> float:
+        """Return the factor on the learning rate of the update after ``done`` others (released code).
+
+        Linear warm-up, then a cosine over the whole training, which the warm-up does not shift.
+        """
+        if done == 0 and self.warmup_steps:
+            return 1.0 if self.first_step == "full" else 1 / self.warmup_steps
+        if done < self.warmup_steps:
+            return done / self.warmup_steps
+        return (1 + math.cos(math.pi * min(done, self.max_steps) / self.max_steps)) / 2
+
+    def on_fit_start(self) -> None:
+        """Refuse numbers of the trainer and of the data that do not fit together."""
+        check_numbers(self.trainer, self.data, self.max_steps)
+
+    def on_train_start(self) -> None:
+        """Bring a state that a checkpoint held to the device."""
+        for state in self._carried.values():
+            state[:] = [_to(layer, self.device) for layer in state]
+
+    def on_train_epoch_start(self) -> None:
+        """Start the sum of the block's losses anew."""
+        self._block_loss = 0.0
+
+    def training_step(self, segment: Segment, batch_idx: int) -> Tensor:
+        """Return the mean negative log-likelihood of a micro-batch's words."""
+        carried = self._carried.get(segment.part) if segment.continues and self.context == "carried" else None
+        hidden, state = self._run(segment.inputs, carried)
+        if self.context == "carried":
+            # truncated backpropagation: no gradient reaches the segment before
+            self._carried[segment.part] = [layer.detach() for layer in state]
+        loss = self.model.words.nll(hidden.flatten(0, 1), segment.targets.flatten()).mean()
+        self._tokens += segment.targets.numel() * self.trainer.world_size
+        self._block_loss = self._block_loss + loss.detach()
+        self._log("train/loss", loss.detach(), n=segment.targets.numel())
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Segment, batch_idx: int) -> None:
+        """End the training after ``max_steps``, or where the loss is no number any more."""
+        if batch_idx + 1 < self.trainer.num_training_batches:
+            return
+        # looked at once a block: it makes a GPU wait
+        loss = float(self._block_loss)
+        if not math.isfinite(loss):
+            self.diverged = f"the training loss is {loss} in the block before step {self.steps}"
+        if self.diverged or self.steps >= self.max_steps:
+            self.trainer.should_stop = True
+
+    def _run(self, words: Tensor, state: Sequence[Any] | None) -> tuple[Tensor, list[Any]]:
+        if self.compute == "eager":
+            hidden, last = self.model(words, state)
+        else:
+            if self._compiled is None:
+                self._compiled = torch.compile(self.model.forward)
+            hidden, last = self._compiled(words, state)
+        return hidden, last
+
+    # --- evaluation
+
+    def on_validation_epoch_start(self) -> None:
+        """Start from an empty state."""
+        self._evaluated = None
+        self.perplexity.reset()
+
+    def validation_step(self, segment: Segment, batch_idx: int) -> None:
+        """Score a batch of segments."""
+        self._score_segment(segment)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the segment evaluation; keep the weights if they are the best so far."""
+        perplexity = float(self.perplexity.compute())
+        loss = math.log(perplexity)
+        self._log("valid/loss", loss)
+        self._log("valid/segment_perplexity", perplexity)
+        if self.trainer.sanity_checking or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        if not math.isfinite(loss):
+            self.diverged = self.diverged or f"the validation loss is {loss} at step {self.steps}"
+            self.trainer.should_stop = True
+        elif loss < self._best_loss:
+            self._best_loss, self._best = loss, _copy(self.model.state_dict())
+
+    def setup(self, stage: str) -> None:
+        """Tell the data which passes the final evaluation makes."""
+        if stage == "test":
+            self.data.test_batches = [self._batches_of(final) for final in self.final_passes()]
+
+    def final_passes(self) -> list[FinalPass]:
+        """Return the passes of the final evaluation in order."""
+        length, contexts = self.data.length, self.evaluation.contexts
+        passes = []
+        for split in SPLITS:
+            if not contexts:
+                passes.append(FinalPass(split, f"{split}/perplexity", length))
+            for memory, target in contexts:
+                name = f"{split}/perplexity_{memory}_{target}"
+                # words one by one see the memory behind them and nothing else: longer segments with a span do the same
+                whole = max(length, memory)
+                single = target == 1 and memory > 0
+                passes.append(FinalPass(split, name, whole if single else target, memory, memory if single else 0))
+        return passes
+
+    def _batches_of(self, final: FinalPass) -> Batches[Any]:
+        ranks = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+        if self.evaluation.kind == "segments":
+            return self.data.segments(final.split, batch_size=1, length=final.length)
+        return self.data.windows(
+            final.split,
+            batch_size=self.evaluation.batch_size,
+            length=final.length,
+            stride=self.evaluation.stride,
+            **ranks,
+        )
+
+    def on_test_start(self) -> None:
+        """Take the best weights."""
+        if self._best is not None:
+            self.model.load_state_dict(self._best)
+        self._passes = self.final_passes()
+        self._scores = [WordPerplexity().to(self.device) for _ in self._passes]
+
+    def test_step(self, batch: Segment | Windows, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Score a batch of windows, or a segment."""
+        if batch_idx == 0:
+            self._evaluated = None
+            self._prepare(self._passes[dataloader_idx])
+        score = self._scores[dataloader_idx]
+        if isinstance(batch, Segment):
+            self._score_segment(batch, score)
+            return
+        hidden, _ = self._run(batch.inputs, None)
+        # only the scored positions go through the softmax, the costly part
+        score.update(self.model.words.nll(hidden[batch.scored], batch.targets[batch.scored]))
+
+    def on_test_epoch_end(self) -> None:
+        """Log each pass's perplexity, and the sizes that Table 4 shows."""
+        for final, score in zip(self._passes, self._scores, strict=True):
+            self._log(final.name, float(score.compute()))
+        self._log("model/params_millions", sum(p.numel() for p in self.model.parameters()) / 1e6)
+        for memory, target in self.evaluation.contexts or [[0, 0]]:
+            name = f"model/state_millions_{memory}_{target}" if self.evaluation.contexts else "model/state_millions"
+            if isinstance(self.model, TransformerXL) and self.evaluation.contexts:
+                self.model.memory_length = memory
+            self._log(name, self.model.state_size(target or self.data.length) / 1e6)
+        self._prepare(None)
+
+    def _prepare(self, final: FinalPass | None) -> None:
+        """Set what a pass of Transformer-XL has for itself; None: what training has."""
+        if not isinstance(self.model, TransformerXL):
+            return
+        memory = None if final is None else final.memory
+        self.model.memory_length = self.architecture.memory if memory is None else memory
+        self.model.span = 0 if final is None else final.span
+        self.model.largest_distance = 0 if final is None else self.evaluation.largest_distance
+
+    def _score_segment(self, segment: Segment, score: WordPerplexity | None = None) -> None:
+        state = self._evaluated if segment.continues and self.context == "carried" else None
+        hidden, self._evaluated = self._run(segment.inputs, state)
+        nll = self.model.words.nll(hidden.flatten(0, 1), segment.targets.flatten())
+        (self.perplexity if score is None else score).update(nll)
+
+    def _log(self, name: str, value: Tensor | float, n: int = 1) -> None:
+        self.log(name, value, on_step=False, on_epoch=True, batch_size=n)
+        self.log("step", float(self.steps), on_step=False, on_epoch=True, batch_size=1, reduce_fx="max")
+
+    # --- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the carried state and the best weights."""
+        checkpoint["language_modeling"] = {
+            "carried": {part: [_packed(layer) for layer in state] for part, state in self._carried.items()},
+            "best": self._best,
+            "best_loss": self._best_loss,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the carried state and the best weights over."""
+        kept = checkpoint["language_modeling"]
+        self._best, self._best_loss = kept["best"], kept["best_loss"]
+        self._carried = {part: [_unpacked(layer) for layer in state] for part, state in kept["carried"].items()}
+
+
+def check_context(context: str, architecture: Architecture, attention: AttentionConfig, evaluation: Evaluation) -> None:
+    """Raise ``ValueError`` for a context that positions, attention or evaluation do not allow; warn where it harms."""
+    is_xl = architecture.positions == "relative"
+    if context == "segment":
+        if is_xl:
+            raise ValueError("architecture.positions=relative carries a memory along; set model.context: carried")
+        if evaluation.contexts:
+            raise ValueError("evaluation.contexts are Transformer-XL's; set [], or architecture.positions: relative")
+        return
+    if evaluation.kind == "windows":
+        raise ValueError(
+            "evaluation.kind=windows starts every window from an empty state, so nothing would be carried; "
+            "set evaluation.kind: segments"
+        )
+    if is_xl:
+        return
+    if attention.rule == "softmax":
+        raise ValueError(
+            "rule softmax keeps every key and value, so a carried state grows without bound; set model.context: "
+            "segment, or architecture.positions: relative for Transformer-XL"
+        )
+    if architecture.positions != "none":
+        raise ValueError(
+            f"architecture.positions={architecture.positions} starts again in every segment, so that a carried state "
+            "would mix them up; set architecture.positions: none"
+        )
+    if attention.feature_map == "favor" and attention.favor.redraw != "never":
+        raise ValueError(
+            f"favor.redraw={attention.favor.redraw} draws other features for each segment, in which a carried state "
+            "means nothing; set favor.redraw: never"
+        )
+    if attention.attention_norm != "none":
+        warnings.warn(
+            f"attention_norm={attention.attention_norm} with a carried state: z grows over the whole text, so that "
+            "outputs shrink like 1/t",
+            stacklevel=3,
+        )
+
+
+def check_numbers(trainer: L.Trainer, data: WikiTextData, max_steps: int) -> None:
+    """Raise ``ValueError`` where the trainer's, the data's and the task's numbers do not fit together."""
+    if trainer.accumulate_grad_batches != data.accumulation:
+        raise ValueError(
+            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be "
+            f"data.accumulation={data.accumulation}: each counts the micro-batches of an optimiser step"
+        )
+    between = data.steps_per_block * (trainer.check_val_every_n_epoch or 1)
+    if max_steps % between:
+        raise ValueError(
+            f"model.max_steps={max_steps} must be a multiple of the {between} steps between validations "
+            f"(data.steps_per_block={data.steps_per_block} x trainer.check_val_every_n_epoch="
+            f"{trainer.check_val_every_n_epoch})"
+        )
+
+
+def _copy(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
+
+
+def _to(layer: MemoryState | Tensor, device: torch.device) -> MemoryState | Tensor:
+    if isinstance(layer, Tensor):
+        return layer.to(device)
+    return MemoryState(tuple(x.to(device) for x in layer.memory), None if layer.z is None else layer.z.to(device))
+
+
+def _packed(layer: MemoryState | Tensor) -> Any:
+    """Return a state in types that load with weights_only."""
+    return layer if isinstance(layer, Tensor) else {"memory": list(layer.memory), "z": layer.z}
+
+
+def _unpacked(layer: Any) -> MemoryState | Tensor:
+    return layer if isinstance(layer, Tensor) else MemoryState(tuple(layer["memory"]), layer["z"])
