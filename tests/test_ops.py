@@ -14,6 +14,7 @@ from torch.autograd import gradcheck
 from torch.nn.functional import elu, normalize
 
 from fwp_lightning import ops
+from fwp_lightning.ops import chunked
 
 RULES: dict[str, Callable[..., Any]] = {"sum": ops.sum_rule, "delta": ops.delta_rule, "fwm": ops.fwm_rule}
 CASES = [(rule, backend) for rule in RULES for backend in ops.backends_of(rule)]
@@ -331,6 +332,154 @@ def test_float32_error_is_at_most_twice_that_of_the_reference(rule: str, backend
         error, allowed = ((x[name].double() - true).norm() for x in (ours, plain))
         assert ours[name].dtype == torch.float32
         assert error <= 2 * allowed, f"{name}: error {error:.2e}, reference {allowed:.2e}"
+
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+def outputs_and_gradients_for(
+    rule: str, inputs: dict[str, Tensor], upstream: tuple[Tensor, Tensor], backend: str
+) -> dict[str, Tensor]:
+    """Like results_and_gradients, for upstream gradients that the caller has rounded."""
+    inputs = leaves(inputs)
+    o, state = call(rule, inputs, backend=backend)
+    assert o is not None
+    towards = [g.to(x.dtype) for g, x in zip(upstream, (o, state), strict=True)]
+    gradients = torch.autograd.grad([o, state], list(inputs.values()), towards)
+    return {"o": o, "last state": state, **{f"grad {n}": g for n, g in zip(inputs, gradients, strict=True)}}
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(("rule", "backend"), CASES)
+def test_half_precision_is_rounded_once_and_keeps_a_float32_state(rule: str, backend: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs(rule, 2, 35, 2, 6, 4, dtype=dtype)
+    if reason := ops.BACKENDS[backend].why_not(inputs["k"]):
+        pytest.skip(reason)
+    upstream = (torch.randn(2, 35, 2, 4).to(dtype), torch.randn(2, 2, 6, 4))
+    ours = outputs_and_gradients_for(rule, {**inputs, "state": inputs["state"].float()}, upstream, backend)
+    exact = outputs_and_gradients_for(rule, {n: x.double() for n, x in inputs.items()}, upstream, "reference")
+    for name, expected in exact.items():
+        wide = "state" in name
+        assert ours[name].dtype == (torch.float32 if wide else dtype), name
+        # one rounding to the nearest number with 8 or 11 bits, and float32 sums of a few hundred terms of order 1
+        rounding = 0 if wide else torch.finfo(dtype).eps
+        torch.testing.assert_close(ours[name].double(), expected, rtol=rounding + 1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(("rule", "backend"), CASES)
+def test_splitting_half_precision_loses_nothing_in_the_state(rule: str, backend: str) -> None:
+    inputs = make_inputs(rule, 1, 40, 2, 6, 3, dtype=torch.bfloat16)
+    del inputs["state"]
+    if reason := ops.BACKENDS[backend].why_not(inputs["k"]):
+        pytest.skip(reason)
+    _, whole = call(rule, inputs, backend=backend)
+    _, middle = call(rule, {n: x[:, :7] for n, x in inputs.items()}, backend=backend)
+    _, last = call(rule, {**{n: x[:, 7:] for n, x in inputs.items()}, "state": middle}, backend=backend)
+    # float32 sums in another order
+    torch.testing.assert_close(last, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_a_state_in_half_precision_is_accepted_and_gets_its_gradient(dtype: torch.dtype) -> None:
+    inputs = leaves(make_inputs("delta", 1, 20, 1, 5, 3, dtype=dtype))
+    o, last = call("delta", inputs, backend="chunked")
+    weighted([o, last]).backward()
+    assert last.dtype == torch.float32
+    assert inputs["state"].grad is not None
+    assert inputs["state"].grad.dtype == dtype
+
+
+@pytest.mark.parametrize("rule", ["sum", "delta"])
+def test_chunked_computes_alike_under_autocast(rule: str) -> None:
+    inputs = make_inputs(rule, 2, 35, 2, 6, 4, dtype=torch.float32)
+    plain = results_and_gradients(rule, inputs, backend="chunked")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = results_and_gradients(rule, inputs, backend="chunked")
+    assert_same(under, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rule", ["sum", "delta"])
+@pytest.mark.parametrize("segment", [1, 200, 2**26], ids=["one chunk", "a few chunks", "all chunks"])
+def test_the_size_of_a_segment_changes_nothing(rule: str, segment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs(rule, 1, 130, 2, 7, 5)
+    expected = results_and_gradients(rule, inputs, backend="reference")
+    monkeypatch.setattr(chunked, "SEGMENT_ON_CPU", segment)
+    assert_same(results_and_gradients(rule, inputs, backend="chunked"), expected, **EXACT)
+
+
+@pytest.mark.parametrize("sizes", [(5, 3), (64, 64), (96, 16), (130, 130)], ids=str)
+@pytest.mark.parametrize("rule", ["sum", "delta"])
+def test_every_chunk_size_and_every_remainder_equal_the_reference(rule: str, sizes: tuple[int, int]) -> None:
+    size = chunked.chunk_size(*sizes)
+    for steps in (size - 1, size, size + 1, 2 * size + size // 2, 2 * size + 17):
+        inputs = make_inputs(rule, 1, steps, 2, *sizes)
+        ours, theirs = (results_and_gradients(rule, inputs, backend=name) for name in ("chunked", "reference"))
+        assert_same(ours, theirs, rtol=1e-8, atol=1e-9)
+
+
+def test_the_chunk_grows_with_the_memory_so_that_kept_states_stay_near_the_inputs() -> None:
+    assert [chunked.chunk_size(*x) for x in [(16, 16), (32, 32), (96, 16), (64, 64), (128, 128)]] == [
+        16,
+        16,
+        16,
+        32,
+        64,
+    ]
+
+
+def test_keys_that_are_all_alike_are_inverted_without_loss() -> None:
+    # |I + A|^{-1} has entries of order 1 here while powers of A grow like binomials: a series would lose all digits
+    k = torch.full((1, 128, 1, 64), 1 / 8.0)
+    inputs = {"q": k, "k": k, "v": torch.randn(1, 128, 1, 64, generator=torch.Generator().manual_seed(0))}
+    inputs |= {"beta": torch.ones(1, 128, 1), "state": torch.zeros(1, 1, 64, 64)}
+    ours = results_and_gradients("delta", inputs, backend="chunked")
+    exact = results_and_gradients("delta", {n: x.double() for n, x in inputs.items()}, backend="reference")
+    # each value replaces the one before: only rounding of single steps remains
+    torch.testing.assert_close(ours["o"].double(), exact["o"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["sum", "delta"])
+@pytest.mark.parametrize("power", [1, 2], ids=["upstream without a graph", "upstream with a graph"])
+def test_chunked_refuses_a_second_derivative(rule: str, power: int) -> None:
+    inputs = leaves(make_inputs(rule, 1, 20, 1, 4, 3))
+    o, _ = call(rule, inputs, backend="chunked")
+    (gradient,) = torch.autograd.grad((o**power).sum(), [inputs["k"]], create_graph=True)
+    for name in ("k", "state"):
+        with pytest.raises(RuntimeError, match=r"differentiated twice .* only backend 'reference' can"):
+            torch.autograd.grad(gradient.square().sum() + inputs[name].sum(), [inputs[name]], retain_graph=True)
+
+
+@pytest.mark.parametrize("rule", ["sum", "delta"])
+def test_a_graph_that_is_not_needed_keeps_nothing(rule: str) -> None:
+    inputs = leaves(make_inputs(rule, 1, 40, 1, 4, 3))
+    expected = call(rule, inputs, backend="chunked")
+    with torch.no_grad():
+        o, state = call(rule, inputs, backend="chunked")
+    assert not state.requires_grad
+    torch.testing.assert_close(o, expected[0], rtol=0, atol=0)
+    frozen = {n: x if n == "v" else x.detach() for n, x in inputs.items()}
+    o, state = call(rule, frozen, backend="chunked")
+    reference, _ = call(rule, frozen, backend="reference")
+    ours, theirs = (torch.autograd.grad(weighted([x]), [inputs["v"]])[0] for x in (o, reference))
+    torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+@pytest.mark.parametrize("rule", ["sum", "delta"])
+def test_memory_kept_for_backward_grows_with_steps_not_with_states(rule: str) -> None:
+    # the plain loop keeps K V numbers a step, here 4096
+    steps, n_features, d_value = 512, 64, 64
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.data_ptr()] = x.numel()
+        return x
+
+    inputs = leaves(make_inputs(rule, 1, steps, 1, n_features, d_value, dtype=torch.float32))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        call(rule, inputs, backend="chunked")
+    size = chunked.chunk_size(n_features, d_value)
+    per_step = 2 * n_features + 2 * d_value + 1 + 3 * size + 2 * n_features * d_value / size
+    assert sum(kept.values()) <= steps * per_step
 
 
 # --- what the rules mean ----------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Fast weight memories as pure functions on tensors: unscaled, nothing written in place, state in and state out.
 
-Layout is ``[B, T, H, D]``; a state is ``[B, H, K, V]``. Splitting a sequence anywhere and passing the state on equals
-the whole sequence, and gradients flow to every input and to the incoming state. ``README.md`` derives the chunked
-forms.
+Layout is ``[B, T, H, D]``; a state is ``[B, H, K, V]``, float32 for inputs in half precision. Splitting a sequence
+anywhere and passing the state on equals the whole sequence, and gradients flow to every input and to the incoming
+state. ``README.md`` derives the chunked forms.
 """
 
 from __future__ import annotations

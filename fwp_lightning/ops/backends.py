@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fwp_lightning.ops import chunked, fwm, recurrence, reference
@@ -26,6 +27,8 @@ class Backend:
     why_not: Callable[[Tensor], str | None] = lambda k: None
     kernel: str | None = None
     """The compiled kernel it needs."""
+    takes_half: bool = False
+    """Whether it reads bfloat16 and float16 itself; others get float32. States are float32 either way."""
 
 
 BACKENDS: Registry[Backend] = Registry("backend")
@@ -33,7 +36,7 @@ BACKENDS: Registry[Backend] = Registry("backend")
 BACKENDS.register("cpu")(
     Backend({"sum": recurrence.sum_rule, "delta": recurrence.delta_rule}, recurrence.why_not, kernel="recurrence")
 )
-BACKENDS.register("chunked")(Backend({"sum": chunked.sum_rule, "delta": chunked.delta_rule}))
+BACKENDS.register("chunked")(Backend({"sum": chunked.sum_rule, "delta": chunked.delta_rule}, takes_half=True))
 BACKENDS.register("scan")(Backend({"fwm": fwm.fwm_rule}))
 BACKENDS.register("reference")(
     Backend({"sum": reference.sum_rule, "delta": reference.delta_rule, "fwm": reference.fwm_rule})
@@ -59,12 +62,28 @@ def implementation(rule: str, backend: str, k: Tensor) -> Implementation:
         reason = why_not(backend, rule, k)
         if reason:
             raise ValueError(reason)
-        return BACKENDS[backend].rules[rule]
+        return _for_dtype(rule, BACKENDS[backend], k.dtype)
     # one step is one write and one read: there is nothing to make parallel
     chosen = "reference" if k.shape[1] == 1 else backends_of(rule, k)[0]
     if k.shape[1] > 1:
         _log_choice(rule, chosen)
-    return BACKENDS[chosen].rules[rule]
+    return _for_dtype(rule, BACKENDS[chosen], k.dtype)
+
+
+def _for_dtype(rule: str, backend: Backend, dtype: torch.dtype) -> Implementation:
+    """Return the backend's function; for half precision, one that computes and carries states in float32."""
+    function, wide = backend.rules[rule], reference.state_dtype(dtype)
+    if dtype == wide:
+        return function
+
+    def computed_in_float32(*inputs: Tensor | None, **options: Any) -> tuple[Tensor | None, Tensor]:
+        *tensors, state = inputs
+        if not backend.takes_half:
+            tensors = [None if x is None else x.to(wide) for x in tensors]
+        o, last = function(*tensors, None if state is None else state.to(wide), **options)
+        return (None if o is None else o.to(dtype)), last
+
+    return computed_in_float32
 
 
 @functools.cache
@@ -94,7 +113,7 @@ def check(*, causal: bool = True, **tensors: Any) -> None:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; k {tuple(k.shape)} asks for {shape}")
         if tensor.device != k.device:
             raise ValueError(f"{name} is on {tensor.device} but k is on {k.device}; move them to one device")
-        if tensor.dtype != k.dtype:
+        if tensor.dtype != k.dtype and not (name == "state" and tensor.dtype == reference.state_dtype(k.dtype)):
             raise ValueError(f"{name} is {tensor.dtype} but k is {k.dtype}; give all inputs one dtype")
     if not k.is_floating_point():
         raise ValueError(f"k is {k.dtype}; the rules need a floating-point dtype")

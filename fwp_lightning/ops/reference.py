@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of states and of all arithmetic: float32 for half precision, too coarse for long sums."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
 def _start(k_BTHK: Tensor, v_BTHV: Tensor, state: Tensor | None) -> Tensor:
     if state is not None:
         return state
