@@ -21,6 +21,7 @@ from fwp_lightning import processor
 from fwp_lightning.errors import UserError
 from fwp_lightning.experiment import CHECKPOINT_SECONDS, LARGEST_SEED, PROFILES
 from fwp_lightning.registry import did_you_mean
+from fwp_lightning.translation import commands as fairseq_tools
 
 if TYPE_CHECKING:
     from fwp_lightning.experiment import Run
@@ -38,6 +39,8 @@ OTHER_COMMANDS = {
     "report": "make tables and figures from results/*.csv",
     "bench": "measure the operations on this machine",
 }
+# fairseq's own tools with the architectures of this package
+FAIRSEQ_COMMANDS = {f"fairseq-{tool}": text for tool, text in fairseq_tools.TOOLS.items()}
 EXAMPLES = """examples:
   fwp list                                  what can be chosen, and what can run here
   fwp sweep figure2 --dry-run               the runs of an experiment, and what they will cost
@@ -88,6 +91,8 @@ def _dispatch(typed: list[str]) -> int:
     if rest and rest[0] in OTHER_COMMANDS:
         _import_user_files(imports)
         return _report(rest[1:]) if rest[0] == "report" else _bench(rest[1:])
+    if rest and rest[0] in FAIRSEQ_COMMANDS:
+        return _run_fairseq(rest[0].removeprefix("fairseq-"), rest[1:], imports)
     options = build_parser().parse_args(rest)
     options.imports, options.typed = imports, typed
     command: Command = options.command
@@ -138,6 +143,8 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=f"{text} (LightningCLI arguments)", add_help=False)
     for name, text in OTHER_COMMANDS.items():
         commands.add_parser(name, help=f"{text} (fwp {name} --help)", add_help=False)
+    for name, text in FAIRSEQ_COMMANDS.items():
+        commands.add_parser(name, help=f"{text} (fairseq's own flags)", add_help=False)
     _add_sweep(commands)
     status = _add(commands, "status", _status, "show how far every experiment is")
     status.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="default: those with a tracked run")
@@ -460,6 +467,12 @@ def _import_user_files(imports: Sequence[str]) -> None:
 
     for name in imports:
         import_file(name)
+
+
+def _run_fairseq(tool: str, arguments: Sequence[str], imports: Sequence[str]) -> int:
+    from fwp_lightning.sweep.workers import import_file
+
+    return fairseq_tools.run(tool, arguments, [functools.partial(import_file, name) for name in imports])
 
 
 def _run_lightning(arguments: list[str], imports: Sequence[str], typed: Sequence[str]) -> int:

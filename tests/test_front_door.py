@@ -79,7 +79,7 @@ class Clone:
 
     folder: Path
 
-    def python(self, name: str, version: str = "3.11.7", pip_exit: int = 0) -> str:
+    def python(self, name: str, version: str = "3.11.7", pip_exit: int = 0, fairseq_exit: int = 0) -> str:
         """Path of a stand-in interpreter: knows its version, makes a venv, answers `-m pip` with an exit code."""
         path = self.folder / name
         path.write_text(
@@ -91,7 +91,7 @@ case "$1" in
 exec(sys.argv[1])' "$2" ;;
   -m) case "$2" in
         venv) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
-        pip) exit {pip_exit} ;;
+        pip) case "$*" in *fairseq.txt*) exit {fairseq_exit} ;; *) exit {pip_exit} ;; esac ;;
       esac ;;
 esac
 """,
@@ -111,7 +111,7 @@ esac
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Clone:
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "fairseq.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
     return Clone(tmp_path)
 
@@ -131,10 +131,29 @@ def test_setup_installs_once(clone: Clone) -> None:
     first = run_make(clone.folder, "setup", f"PYTHON={python}", "UV=")
     assert first.returncode == 0, first.stderr
     assert clone.stamp.exists()
-    assert len(clone.calls("-m pip install")) == 1
+    package, fairseq = clone.calls("-m pip install")
+    assert "-e .[dev,mt]" in package
+    assert "--no-deps -r fairseq.txt" in fairseq
     second = run_make(clone.folder, "setup", f"PYTHON={python}", "UV=")
     assert second.returncode == 0
-    assert len(clone.calls("-m pip install")) == 1
+    assert len(clone.calls("-m pip install")) == 2
+
+
+def test_without_a_compiler_everything_but_translation_is_set_up(clone: Clone) -> None:
+    python = clone.python("no-compiler", fairseq_exit=1)
+    for _ in range(2):
+        done = run_make(clone.folder, "setup", f"PYTHON={python}", "UV=")
+        assert done.returncode == 0
+        assert clone.stamp.exists()
+        assert "fairseq was not installed" in done.stderr
+        assert "C++ compiler" in done.stderr
+    assert len(clone.calls("-r fairseq.txt")) == 2, "it is tried again"
+    assert len(clone.calls("-e .[dev,mt]")) == 1
+
+
+def test_only_the_translation_experiment_waits_for_fairseq(clone: Clone) -> None:
+    assert "fairseq.txt" in run_make(clone.folder, "-n", "reproduce-table1", "UV=").stdout
+    assert "fairseq.txt" not in run_make(clone.folder, "-n", "reproduce-figure2", "UV=").stdout
 
 
 @pytest.mark.parametrize("target", sorted(makefile_targets() - {"help"}))
@@ -188,9 +207,10 @@ def test_uv_is_used_where_it_is_and_finds_the_same_wheels(clone: Clone) -> None:
     done = run_make(clone.folder, "setup", f"PYTHON={python}", f"UV={uv}", PIP_FIND_LINKS="some/wheels")
     assert done.returncode == 0, done.stderr
     assert not clone.calls("-m pip")
-    (call,) = clone.calls("uv pip install")
+    call, fairseq = clone.calls("uv pip install")
     assert "-c constraints.txt" in call
     assert "[some/wheels] [1]" in call
+    assert "--no-deps --build-constraints constraints.txt -r fairseq.txt" in fairseq
 
 
 def test_unknown_profile_is_refused_with_a_sentence() -> None:
@@ -256,7 +276,7 @@ def fwp_commands() -> set[str]:
         [sys.executable, "-m", "fwp_lightning", "--help"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout
     braced = re.search(r"\{([a-z,]+)\}", shown)
-    listed = re.findall(r"^ {2,6}([a-z]+)\s{2,}\S", shown, flags=re.MULTILINE)
+    listed = re.findall(r"^ {2,6}([a-z-]+)\s{2,}\S", shown, flags=re.MULTILINE)
     return set(braced.group(1).split(",") if braced else []) | set(listed)
 
 
@@ -373,6 +393,7 @@ def test_constraints_can_be_had_from_a_package_index() -> None:
 def test_constraints_pin_every_direct_requirement_inside_its_range() -> None:
     pins = constraints()
     requirements = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]]
+    requirements += [Requirement(text) for text in PROJECT["optional-dependencies"]["mt"]]
     outside = {
         str(requirement): pins.get(requirement.name.lower())
         for requirement in requirements

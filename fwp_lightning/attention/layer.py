@@ -65,23 +65,33 @@ class FastWeightMemory(nn.Module):
         state: MemoryState | None = None,
         *,
         causal: bool = True,
+        written: Tensor | None = None,
     ) -> tuple[Tensor, MemoryState]:
         """Return outputs ``[B, T, H, V]`` for queries ``[B, T, H, D]`` and the state after the last step.
 
-        ``beta`` ``[B, T, H]`` is the write strength after its sigmoid, for rules that use one.
+        ``beta`` ``[B, T, H]`` is the write strength after its sigmoid, for rules that use one. ``written`` ``[B, T]``
+        is false where a pair is padding, which must not be written.
         """
         if causal:
             self._check_no_stabilizer_over_time("a causal read-out")
         self._start(state)
-        o, new_state = self._scan(self.query_features(q), self.key_features(k), v, beta, state, causal)
+        o, new_state = self._scan(self.query_features(q), self._written(k, written), v, beta, state, causal)
         assert o is not None
         return (o * self.d_key**-0.5 if self.config.output_scale == "rsqrt_d" else o), new_state
 
     @in_full_precision
-    def write(self, k: Tensor, v: Tensor, beta: Tensor | None = None, state: MemoryState | None = None) -> MemoryState:
-        """Return the state after writing all pairs, reading nothing."""
+    def write(
+        self,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor | None = None,
+        state: MemoryState | None = None,
+        *,
+        written: Tensor | None = None,
+    ) -> MemoryState:
+        """Return the state after writing all pairs, but for those that ``written`` says are padding; reads nothing."""
         self._start(state)
-        return self._scan(None, self.key_features(k), v, beta, state, causal=True)[1]
+        return self._scan(None, self._written(k, written), v, beta, state, causal=True)[1]
 
     @in_full_precision
     def read(self, q: Tensor, state: MemoryState) -> Tensor:
@@ -115,6 +125,15 @@ class FastWeightMemory(nn.Module):
         """Return the numbers kept per head between steps, or None if they grow with the sequence."""
         size = self.rule.state_size(self.feature_map.n_out, d_value)
         return size if size is None or self.config.attention_norm == "none" else size + self.feature_map.n_out
+
+    def _written(self, k: Tensor, written: Tensor | None) -> Tensor:
+        """The features of keys, zero for padding: an outer product with a zero key writes nothing."""
+        features = self.key_features(k)
+        if written is None:
+            return features
+        if self.state_size(1) is None:
+            raise ValueError(f"rule {self.config.rule} keeps every pair it is given; leave padding out of its input")
+        return features * written[:, :, None, None]
 
     def _start(self, state: MemoryState | None) -> None:
         """Let a random map draw anew for an empty memory only: a state was written with the matrix it has."""

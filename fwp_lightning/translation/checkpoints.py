@@ -1,0 +1,84 @@
+"""fairseq checkpoints: averaged over the last ones, as the WMT recipes do (the paper does not)."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fwp_lightning.errors import UserError, sentence_of
+
+EPOCH = re.compile(r"checkpoint(\d+)\.pt")
+UPDATE = re.compile(r"checkpoint_\d+_(\d+)\.pt")
+
+
+def average_command(arguments: Sequence[str]) -> int:
+    """Run `fairseq-average`."""
+    parser = argparse.ArgumentParser(
+        prog="fwp fairseq-average",
+        description="Average the parameters of checkpoints of one training.",
+        epilog="The paper's Table 1 is without averaging.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--inputs", nargs="+", required=True, metavar="PATH", help="checkpoints, or one folder of them")
+    parser.add_argument("--output", required=True, metavar="FILE", help="where the averaged checkpoint goes")
+    last = parser.add_mutually_exclusive_group()
+    last.add_argument("--num-epoch-checkpoints", type=int, metavar="N", help="of a folder, the last N epochs'")
+    last.add_argument(
+        "--num-update-checkpoints", type=int, metavar="N", help="of a folder, the last N saved by updates"
+    )
+    options = parser.parse_args(arguments)
+    chosen = [Path(name) for name in options.inputs]
+    if options.num_epoch_checkpoints or options.num_update_checkpoints:
+        pattern = EPOCH if options.num_epoch_checkpoints else UPDATE
+        chosen = last_checkpoints(
+            chosen[0], options.num_epoch_checkpoints or options.num_update_checkpoints, pattern=pattern
+        )
+    torch.save(average(chosen), options.output)
+    print(f"{options.output}: the mean of {', '.join(str(path) for path in chosen)}")
+    return 0
+
+
+def last_checkpoints(folder: Path, number: int, *, pattern: re.Pattern[str] = EPOCH) -> list[Path]:
+    """Return the last ``number`` checkpoints of a folder, the newest first; too few are an error."""
+    found = [(int(match[1]), path) for path in folder.glob("*.pt") if (match := pattern.fullmatch(path.name))]
+    if len(found) < number:
+        raise UserError(f"{folder} has {len(found)} such checkpoints, not {number}; ask for fewer or train longer.")
+    return [path for _, path in sorted(found, reverse=True)[:number]]
+
+
+def average(paths: Sequence[Path]) -> dict[str, Any]:
+    """Return the first checkpoint with the mean of all parameters; what is no number of the model is the first's."""
+    states = [read_checkpoint(path) for path in paths]
+    first = states[0]["model"]
+    for path, state in zip(paths, states, strict=True):
+        if state["model"].keys() != first.keys() or any(state["model"][k].shape != first[k].shape for k in first):
+            raise UserError(f"{path} has other parameters than {paths[0]}; average checkpoints of one training.")
+    mean = {name: _mean([state["model"][name] for state in states]) for name in first}
+    return {**states[0], "model": mean}
+
+
+def _mean(values: list[Tensor]) -> Tensor:
+    if not values[0].is_floating_point():
+        return values[0]
+    # half-precision checkpoints are summed in float32
+    total = torch.stack([value.to(torch.promote_types(value.dtype, torch.float32)) for value in values]).mean(0)
+    return total.to(values[0].dtype)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return what a fairseq checkpoint holds; tensors and plain values only, no code is run."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {sentence_of(error)}.") from error
+    except Exception as error:
+        raise UserError(f"{path} is no checkpoint of fairseq: {sentence_of(error)[:200]}") from error
+    if not isinstance(state, dict) or "model" not in state:
+        raise UserError(f"{path} is no checkpoint of fairseq: it holds no model.")
+    return state
