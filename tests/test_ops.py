@@ -353,7 +353,7 @@ def outputs_and_gradients_for(
 @pytest.mark.parametrize(("rule", "backend"), CASES)
 def test_half_precision_is_rounded_once_and_keeps_a_float32_state(rule: str, backend: str, dtype: torch.dtype) -> None:
     inputs = make_inputs(rule, 2, 35, 2, 6, 4, dtype=dtype)
-    if reason := ops.BACKENDS[backend].why_not(inputs["k"]):
+    if reason := ops.why_not(backend, rule, inputs["k"]):
         pytest.skip(reason)
     upstream = (torch.randn(2, 35, 2, 4).to(dtype), torch.randn(2, 2, 6, 4))
     ours = outputs_and_gradients_for(rule, {**inputs, "state": inputs["state"].float()}, upstream, backend)
@@ -370,7 +370,7 @@ def test_half_precision_is_rounded_once_and_keeps_a_float32_state(rule: str, bac
 def test_splitting_half_precision_loses_nothing_in_the_state(rule: str, backend: str) -> None:
     inputs = make_inputs(rule, 1, 40, 2, 6, 3, dtype=torch.bfloat16)
     del inputs["state"]
-    if reason := ops.BACKENDS[backend].why_not(inputs["k"]):
+    if reason := ops.why_not(backend, rule, inputs["k"]):
         pytest.skip(reason)
     _, whole = call(rule, inputs, backend=backend)
     _, middle = call(rule, {n: x[:, :7] for n, x in inputs.items()}, backend=backend)

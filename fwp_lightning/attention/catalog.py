@@ -58,10 +58,15 @@ def backends() -> list[BackendEntry]:
         name, backend = _registered_name(call.func, "BACKENDS"), call.args[0]
         if name and isinstance(backend.args[0], ast.Dict):
             computed = tuple(str(key.value) for key in backend.args[0].keys if isinstance(key, ast.Constant))
-            kernel = next((str(k.value.value) for k in backend.keywords if isinstance(k.value, ast.Constant)), None)
-            outlook = compiled.outlook(kernel) if kernel else (True, "in PyTorch on any device")
-            entries.append(BackendEntry(name, computed, *outlook))
+            kernels = next((ast.literal_eval(k.value) for k in backend.keywords if k.arg == "kernels"), ())
+            entries.append(BackendEntry(name, computed, *_outlook(kernels)))
     return entries
+
+
+def _outlook(kernels: tuple[str, ...]) -> tuple[bool, str]:
+    """Return whether all kernels can be expected to work here, and the first reason why not, or why."""
+    outlooks = [compiled.outlook(kernel) for kernel in kernels] or [(True, "in PyTorch on any device")]
+    return next((outlook for outlook in outlooks if not outlook[0]), outlooks[0])
 
 
 def kernels() -> list[BackendEntry]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fwp_lightning.ops import chunked, fwm, recurrence, reference
+from fwp_lightning.ops import chunked, fwm, fwm_recurrence, recurrence, reference
 from fwp_lightning.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -21,20 +21,28 @@ Implementation = Callable[..., tuple[Tensor | None, Tensor]]
 
 @dataclass(frozen=True)
 class Backend:
-    """The rules that a backend computes, and the reason why it cannot take certain tensors."""
+    """The rules that a backend computes, and the reason why it cannot take certain tensors for a rule."""
 
     rules: dict[str, Implementation]
-    why_not: Callable[[Tensor], str | None] = lambda k: None
-    kernel: str | None = None
-    """The compiled kernel it needs."""
+    why_not: Callable[[str, Tensor], str | None] = lambda rule, k: None
+    kernels: tuple[str, ...] = ()
+    """The compiled kernels it needs."""
     takes_half: bool = False
     """Whether it reads bfloat16 and float16 itself; others get float32. States are float32 either way."""
+
+
+def _compiled_why_not(rule: str, k: Tensor) -> str | None:
+    return (fwm_recurrence if rule == "fwm" else recurrence).why_not(k)
 
 
 BACKENDS: Registry[Backend] = Registry("backend")
 # fastest first: `auto` takes the first that can
 BACKENDS.register("cpu")(
-    Backend({"sum": recurrence.sum_rule, "delta": recurrence.delta_rule}, recurrence.why_not, kernel="recurrence")
+    Backend(
+        {"sum": recurrence.sum_rule, "delta": recurrence.delta_rule, "fwm": fwm_recurrence.fwm_rule},
+        _compiled_why_not,
+        kernels=("recurrence", "fwm"),
+    )
 )
 BACKENDS.register("chunked")(Backend({"sum": chunked.sum_rule, "delta": chunked.delta_rule}, takes_half=True))
 BACKENDS.register("scan")(Backend({"fwm": fwm.fwm_rule}))
@@ -48,12 +56,14 @@ def why_not(backend: str, rule: str, k: Tensor | None = None) -> str | None:
     if rule not in BACKENDS[backend].rules:
         choices = ", ".join(["auto", *backends_of(rule)])
         return f"backend {backend!r} does not compute the rule {rule!r}; choose one of {choices}"
-    return None if k is None else BACKENDS[backend].why_not(k)
+    return None if k is None else BACKENDS[backend].why_not(rule, k)
 
 
 def backends_of(rule: str, k: Tensor | None = None) -> list[str]:
     """Return the backends that compute ``rule`` (on tensors like ``k``), fastest first."""
-    return [name for name in BACKENDS if rule in BACKENDS[name].rules and (k is None or not BACKENDS[name].why_not(k))]
+    return [
+        name for name in BACKENDS if rule in BACKENDS[name].rules and (k is None or not BACKENDS[name].why_not(rule, k))
+    ]
 
 
 def implementation(rule: str, backend: str, k: Tensor) -> Implementation:
