@@ -1,10 +1,11 @@
 """The sum and delta rules in chunk-parallel matrix form: any device, no compiler. ``README.md`` here derives it.
 
 Within a chunk of C steps everything is a matrix product; only the [K, V] state passes from chunk to chunk. The backward
-pass is written by hand. It keeps the errors (V numbers a step), three [C, C] matrices and one state per chunk.
+pass is written by hand. It keeps keys and queries in this layout, the errors, three [C, C] matrices and one state per
+chunk.
 
 Legend: M = B H memories, N chunks of a segment, C steps of a chunk. Blocks are ``[N M, C, D]``, chunk after chunk, so
-that ``split(M)`` gives the chunks in time.
+that ``chunk(N)`` gives the chunks in time.
 """
 
 from __future__ import annotations
@@ -26,8 +27,6 @@ SEGMENT_ON_CPU = 2**18
 SEGMENT = 2**26
 # beyond it the triangular inverse is made of two halves and matrix products
 SOLVED_DIRECTLY = 16
-
-Inputs = tuple[Tensor | None, Tensor, Tensor, Tensor | None]
 
 
 def chunk_size(n_features: int, d_value: int) -> int:
@@ -84,7 +83,8 @@ class _Segment:
     def of(self, x_BTHD: Tensor) -> Tensor:
         """Return the segment's part of a tensor as a view [N, B, H, C, D]."""
         part = x_BTHD[:, self.start : self.start + self.n * self.size]
-        return part.unflatten(1, (self.n, self.size)).permute(1, 0, 3, 2, 4)
+        b, _, h, d = part.shape
+        return part.view(b, self.n, self.size, h, d).permute(1, 0, 3, 2, 4)
 
     def blocks(self, x_BTHD: Tensor) -> Tensor:
         """Return it as blocks [N M, C, D], a copy unless they lie so already: not to be written to."""
@@ -107,8 +107,11 @@ def _segments(k: Tensor, d_value: int) -> list[_Segment]:
 
 
 class _Kept(NamedTuple):
-    """What the backward pass needs of a segment besides the inputs."""
+    """What the backward pass needs of a segment, as blocks."""
 
+    q: Tensor | None
+    k: Tensor
+    beta: Tensor | None
     errors: Tensor
     """E: v - W^T k at each step; v itself under the sum rule."""
     states: Tensor
@@ -142,44 +145,50 @@ class _Chunks(Function):
             read, of_segment = _write_and_read(segment, W, (q, k, v, beta))
             if read is not None:
                 segment.store(read, o)
-            W = of_segment.states[-len(W) :]
+            W = of_segment.states[-shape[0] :]
             if keep:
                 kept.append(of_segment)
-        ctx.segments, ctx.from_state = segments, state is not None
-        ctx.save_for_backward(q, k, v, beta, state, *itertools.chain.from_iterable(kept))
+        ctx.segments, ctx.shape, ctx.dtype, ctx.from_state = segments, k.shape, k.dtype, state is not None
+        ctx.save_for_backward(*itertools.chain.from_iterable(kept))
         return o, W.clone().view(b, h, *shape[1:])
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_o: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, saved = ctx.saved_tensors[:4], ctx.saved_tensors[5:]
         width = len(_Kept._fields)
-        kept = [_Kept(*saved[i : i + width]) for i in range(0, len(saved), width)]
-        gradients = [None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+        kept = [_Kept(*ctx.saved_tensors[i : i + width]) for i in range(0, len(ctx.saved_tensors), width)]
         b, h, n_features, d_value = grad_last.shape
+        there = (kept[0].q is not None, True, True, kept[0].beta is not None)
+        gradients = [
+            grad_last.new_empty(*ctx.shape[:3], size, dtype=ctx.dtype) if is_there else None
+            for is_there, size in zip(there, (n_features, n_features, d_value, 1), strict=True)
+        ]
         D = grad_last.clone(memory_format=torch.contiguous_format).view(b * h, n_features, d_value)
         with torch.autocast(grad_last.device.type, enabled=False):
             for segment, of_segment in reversed(list(zip(ctx.segments, kept, strict=True))):
-                parts = _gradients(segment, of_segment, inputs, grad_o, D)
+                parts = _gradients(segment, of_segment, grad_o, D)
                 for part, gradient in zip(parts, gradients, strict=True):
                     if part is not None and gradient is not None:
                         segment.store(part, gradient)
         return *gradients, D.view_as(grad_last) if ctx.from_state else None, None
 
 
-def _write_and_read(segment: _Segment, W: Tensor, inputs: Inputs) -> tuple[Tensor | None, _Kept]:
+def _write_and_read(
+    segment: _Segment, W: Tensor, inputs: tuple[Tensor | None, Tensor, Tensor, Tensor | None]
+) -> tuple[Tensor | None, _Kept]:
     """Return the outputs of a segment's queries, if there are any, and what it leaves; ``W`` is the state before it."""
     q, beta = (None if x is None else segment.blocks(x) for x in (inputs[0], inputs[3]))
     k, v = segment.blocks(inputs[1]), segment.blocks(inputs[2])
-    m = len(W)
-    states = W.new_empty(len(k) + m, *W.shape[1:])
+    n, m = segment.n, W.shape[0]
+    states = W.new_empty((n + 1) * m, *W.shape[1:])
     states[:m] = W
-    kept = _Kept(v, states) if beta is None else _corrected(k, v, beta, states)
+    kept = _Kept(q, k, beta, v, states)
     if beta is None:
         written = v
-        for before, after, kT_n, v_n in zip(*_consecutive(states, m), k.mT.split(m), v.split(m), strict=True):
+        for before, after, kT_n, v_n in zip(*_consecutive(states, n), k.mT.chunk(n), v.chunk(n), strict=True):
             baddbmm(before, kT_n, v_n, out=after)
     else:
+        kept = _corrected(n, kept)
         written = kept.errors * beta
     if q is None:
         return None, kept
@@ -187,26 +196,28 @@ def _write_and_read(segment: _Segment, W: Tensor, inputs: Inputs) -> tuple[Tenso
     return bmm(q, states[:-m]).baddbmm_(scores, written), kept._replace(scores=scores)
 
 
-def _consecutive(states: Tensor, m: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Return the states before and those after each chunk."""
-    in_time = states.split(m)
+def _consecutive(states: Tensor, n: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return the states before and those after each of n chunks."""
+    in_time = states.chunk(n + 1)
     return in_time[:-1], in_time[1:]
 
 
-def _corrected(k: Tensor, v: Tensor, beta: Tensor, states: Tensor) -> _Kept:
-    """Write the delta rule's corrected values chunk by chunk, from ``states[:M]`` on."""
-    m = len(states) - len(k)
+def _corrected(n: int, kept: _Kept) -> _Kept:
+    """Write the delta rule's corrected values chunk by chunk, given the values as ``errors`` and ``states[:M]``."""
+    _, k, beta, v, states, *_ = kept
+    assert beta is not None
     gram = bmm(k, k.mT)
     inverse = _unit_lower_inverse(gram * beta.mT)
-    errors, written = torch.empty_like(v), torch.empty_like(v)
-    blocks = (x.split(m) for x in (k, k.mT, v, beta, inverse, errors, written))
+    # not empty_like: a block that was not copied has the strides of the input
+    errors, written = v.new_empty(v.shape), v.new_empty(v.shape)
+    blocks = (x.chunk(n) for x in (k, k.mT, v, beta, inverse, errors, written))
     for before, after, k_n, kT_n, v_n, beta_n, inverse_n, errors_n, written_n in zip(
-        *_consecutive(states, m), *blocks, strict=True
+        *_consecutive(states, n), *blocks, strict=True
     ):
         bmm(inverse_n, baddbmm(v_n, k_n, before, alpha=-1), out=errors_n)
         torch.mul(errors_n, beta_n, out=written_n)
         baddbmm(before, kT_n, written_n, out=after)
-    return _Kept(errors, states, None, gram, inverse)
+    return kept._replace(errors=errors, gram=gram, inverse=inverse)
 
 
 def _unit_lower_inverse(A: Tensor) -> Tensor:
@@ -224,52 +235,50 @@ def _unit_lower_inverse(A: Tensor) -> Tensor:
     return inverse
 
 
-def _gradients(
-    segment: _Segment, kept: _Kept, inputs: Inputs, grad_outputs: Tensor, D: Tensor
-) -> tuple[Tensor | None, ...]:
+def _gradients(segment: _Segment, kept: _Kept, grad_outputs: Tensor, D: Tensor) -> tuple[Tensor | None, ...]:
     """Return dq, dk, dv, dbeta of a segment, given D = dL/dW after it; leaves dL/dW before it in ``D``."""
-    q, beta = (None if x is None else segment.blocks(x) for x in (inputs[0], inputs[3]))
-    k = segment.blocks(inputs[1])
+    q, k, beta, errors, *_ = kept
     grad_o = None if q is None else segment.blocks(grad_outputs)
-    written = kept.errors if beta is None else kept.errors * beta
-    grad_written, grad_v, grad_k = _back_through_time(kept, (q, k, written, beta), grad_o, D)
-    started_T = kept.states[: -len(D)].mT
+    written = errors if beta is None else errors * beta
+    grad_written, grad_v, grad_k = _back_through_time(segment.n, kept, written, grad_o, D)
+    started_T = kept.states[: -D.shape[0]].mT
     grad_q = grad_beta = None
     if q is not None and grad_o is not None:
         Z = bmm(grad_o, written.mT).tril_()
         grad_q = bmm(grad_o, started_T).baddbmm_(Z, k)
         grad_k.baddbmm_(Z.mT, q)
     if beta is not None and kept.gram is not None:
-        Z = bmm(grad_v, kept.errors.mT).tril_(-1)
-        grad_beta = (grad_written * kept.errors).sum(-1, keepdim=True) - (kept.gram * Z).sum(-2).unsqueeze(-1)
+        Z = bmm(grad_v, errors.mT).tril_(-1)
+        grad_beta = (grad_written * errors).sum(-1, keepdim=True) - (kept.gram * Z).sum(-2).unsqueeze(-1)
         Z *= beta.mT
         # Z and its transpose: a key is on either side of K K^T
         grad_k.baddbmm_(grad_v, started_T, alpha=-1).baddbmm_(Z + Z.mT, k, alpha=-1)
     return grad_q, grad_k, grad_v, grad_beta
 
 
-def _back_through_time(kept: _Kept, blocks: Inputs, grad_o: Tensor | None, D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _back_through_time(
+    n: int, kept: _Kept, written: Tensor, grad_o: Tensor | None, D: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return dL/dU without what U does to later errors of its chunk, dL/dV, and the part U D^T of dL/dK.
 
-    ``blocks`` are Q, K, U and beta; ``D`` goes back through the chunks, in place.
+    ``D`` goes back through the chunks, in place.
     """
-    q, k, written, beta = blocks
-    m = len(D)
-    grad_written = torch.zeros_like(written) if grad_o is None else bmm(kept.scores.mT, grad_o)  # type: ignore[union-attr]
-    grad_k = torch.empty_like(k)
+    q, k, beta, *_ = kept
+    grad_written = written.new_zeros(written.shape) if grad_o is None else bmm(kept.scores.mT, grad_o)  # type: ignore[union-attr]
+    grad_k = k.new_empty(k.shape)
     grad_v = grad_written
     if beta is not None and kept.inverse is not None:
-        grad_v = torch.empty_like(written)
-        back = (kept.inverse * beta).mT.split(m)
-    kT_n = k.mT.split(m)
-    reads = None if q is None or grad_o is None else (q.mT.split(m), grad_o.split(m))
-    chunks = list(enumerate(zip(*(x.split(m) for x in (k, written, grad_written, grad_v, grad_k)), strict=True)))
-    for n, (k_n, written_n, grad_written_n, grad_v_n, grad_k_n) in reversed(chunks):
+        grad_v = torch.empty_like(grad_written)
+        back = (kept.inverse * beta).mT.chunk(n)
+    kT_n = k.mT.chunk(n)
+    reads = None if q is None or grad_o is None else (q.mT.chunk(n), grad_o.chunk(n))
+    chunks = list(enumerate(zip(*(x.chunk(n) for x in (k, written, grad_written, grad_v, grad_k)), strict=True)))
+    for i, (k_n, written_n, grad_written_n, grad_v_n, grad_k_n) in reversed(chunks):
         grad_written_n.baddbmm_(k_n, D)
         bmm(written_n, D.mT, out=grad_k_n)
         if reads is not None:
-            D.baddbmm_(reads[0][n], reads[1][n])
+            D.baddbmm_(reads[0][i], reads[1][i])
         if beta is not None:
-            bmm(back[n], grad_written_n, out=grad_v_n)
-            D.baddbmm_(kT_n[n], grad_v_n, alpha=-1)
+            bmm(back[i], grad_written_n, out=grad_v_n)
+            D.baddbmm_(kT_n[i], grad_v_n, alpha=-1)
     return grad_written, grad_v, grad_k

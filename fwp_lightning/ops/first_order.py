@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
 def first_order(backward: Backward) -> Backward:
-    """Mark the ``backward`` of an autograd Function that saves its inputs; differentiating its results is refused.
+    """Mark the ``backward`` of an autograd Function as one that ``create_graph=True`` cannot go through.
 
     torch's ``once_differentiable`` refuses only where the incoming gradient has a graph. A gradient penalty on
     ``o.sum()`` has none, and would lose its term without a word. Raises ``RuntimeError``.
@@ -22,23 +21,10 @@ def first_order(backward: Backward) -> Backward:
 
     @functools.wraps(backward)
     def wrapped(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            results = backward(ctx, *gradients)
-        if not torch.is_grad_enabled():
-            return results
-        causes = [x for x in (*gradients, *ctx.saved_tensors) if x is not None and x.requires_grad]
-        return tuple(None if x is None else _NoSecondDerivative.apply(x, *causes) for x in results)
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True asks for second derivatives of a memory, which only backend 'reference' has"
+            )
+        return backward(ctx, *gradients)
 
     return wrapped
-
-
-class _NoSecondDerivative(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *causes: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            "a fast weight memory was differentiated twice (create_graph=True), which only backend 'reference' can"
-        )
