@@ -138,3 +138,11 @@ def test_a_text_that_cannot_be_read_is_one_sentence_before_anything_trains(
 def test_a_folder_for_runs_that_read_none_is_refused(words: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", "toy", "--data", "somewhere", "--dry-run"]) == 2
     assert "--data somewhere: none of these runs reads a text" in capsys.readouterr().err
+
+
+def test_a_segment_longer_than_the_text_is_found_before_anything_trains(
+    words: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words.edit("base/words", "length: 5", "length: 50")
+    assert sweep("--dry-run", "--data", str(put(tmp_path / "text"))) == 2
+    assert "the train text is too short: its 141 tokens make 4 streams of 35" in capsys.readouterr().err

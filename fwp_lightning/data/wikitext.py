@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from fwp_lightning.data.corpora import KNOWN_CORPORA, SPLITS, files_of_corpus
-from fwp_lightning.data.facts import LEXICON, tell
+from fwp_lightning.data.facts import tell
 from fwp_lightning.data.token_files import TokenizedText, open_token_files, tokenize_in_memory
 from fwp_lightning.data.vocabulary import Ids, Vocabulary
 from fwp_lightning.errors import UserError
@@ -129,13 +129,8 @@ class WikiTextData(L.LightningDataModule):
 
     @property
     def vocabulary_size(self) -> int:
-        """Number of words, ``<eos>`` among them; the text must be there, but a known corpus is not read for it."""
-        if self.corpus == "facts":
-            return len(LEXICON) + 1
-        if self.corpus == "folder":
-            return len(self.vocabulary)
-        self._files()
-        return KNOWN_CORPORA[self.corpus].vocabulary_size
+        """Number of words, ``<eos>`` among them."""
+        return len(self.vocabulary)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -175,7 +170,11 @@ class WikiTextData(L.LightningDataModule):
         _ = self._text
 
     def setup(self, stage: str) -> None:
-        """Open the text and check that segments of it can be cut as asked for."""
+        """Open the text and check that it can be shared as asked for."""
+        self.check()
+
+    def check(self) -> None:
+        """Raise if the text is missing, damaged or not the one it is called, or cannot be cut as asked for."""
         self._check_parts(self._world_size)
         self._stream_length("train", self.batch_size, self.length)
         self._stream_length("valid", self.evaluation_batch_size, self.length)

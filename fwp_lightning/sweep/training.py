@@ -108,7 +108,13 @@ def check_run(run: Run) -> str | None:
 
 
 def build_on_meta(task: LightningModule, datamodule: Any) -> None:
-    """Build a task's model without memory and without drawing numbers, so that a wrong choice is found at once."""
+    """Check data that can be, and build a task's model without memory and without drawing numbers.
+
+    So that a wrong choice, or a file that is missing or damaged, is found before anything trains.
+    """
+    check = getattr(datamodule, "check", None)
+    if check is not None:
+        check()
     build = getattr(task, "build_model", None)
     if build is not None:
         with torch.device("meta"):
