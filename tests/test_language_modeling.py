@@ -280,8 +280,9 @@ def test_an_untrained_model_is_as_perplexed_as_its_vocabulary_is_large() -> None
     task = make_task(sizes={"d_model": 64, "n_heads": 4, "n_layers": 2, "cutoffs": []})
     torch.manual_seed(1)
     task.model = task.build_model(data)  # type: ignore[assignment]
-    # logits have a standard deviation of 0.02 sqrt(64) = 0.16, which costs up to half its square
-    assert score(task, data)["test/perplexity"] == pytest.approx(data.vocabulary_size, rel=0.05)
+    # logits have a standard deviation of 0.02 sqrt(64) = 0.16; a quarter of the targets are one word, the end of line,
+    # so that it does not average out
+    assert score(task, data)["test/perplexity"] == pytest.approx(data.vocabulary_size, rel=0.16)
 
 
 def test_the_weights_of_the_best_validation_are_scored() -> None:

@@ -2,9 +2,12 @@
 
 Three kinds of lines, every word of them from ``LEXICON``::
 
-    gets Bami ruvo                  Bami's possession is now ruvo; whatever was said of Bami before no longer holds
-    has Bami ruvo                   the answer is what Bami got last: a memory that only adds has all earlier ones in it
+    Bamiruvo                        Bami now has ruvo; whatever was said of Bami before no longer holds
+    Bami Bamiruvo                   what Bami has is what was said last; a memory that only adds keeps the earlier too
     the lomi dano kuri ... fetas    a noun and, some Zipfian words later, a verb in the same number (lomi, lomis)
+
+A name and what its bearer has are one word, so that a single layer of attention can find the answer: a small model
+learns to within some hundred steps.
 
 Which words follow each other is drawn with integers alone from Python's Mersenne Twister, whose ``getrandbits`` is the
 same on every platform and in every version, so that the text is the same everywhere.
@@ -18,11 +21,13 @@ import random
 from collections.abc import Iterator, Sequence
 
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
-GETS, HAS, THE = "gets", "has", "the"
-N_NAMES, N_THINGS, N_NOUNS, N_VERBS, N_MODIFIERS = 24, 32, 40, 20, 400
+THE = "the"
+N_NAMES, N_THINGS, N_NOUNS, N_VERBS, N_MODIFIERS = 8, 12, 40, 20, 200
 # names that are spoken of at a time; one of them is exchanged now and then
-N_PRESENT = 6
+N_PRESENT = 4
 LONGEST_DISTANCE = 10
+# of 20 lines
+QUESTIONS, GIFTS = 10, 7
 
 
 def _made_up_words() -> Iterator[str]:
@@ -40,10 +45,11 @@ NOUNS = list(itertools.islice(_WORDS, N_NOUNS))
 VERBS = list(itertools.islice(_WORDS, N_VERBS))
 MODIFIERS = list(itertools.islice(_WORDS, N_MODIFIERS))
 NUMBERS = ("", "s")
+FACTS = [name + thing for name in NAMES for thing in THINGS]
 LEXICON = [
-    *(GETS, HAS, THE),
+    THE,
     *NAMES,
-    *THINGS,
+    *FACTS,
     *(noun + number for noun in NOUNS for number in NUMBERS),
     *(verb + number for verb in VERBS for number in NUMBERS),
     *MODIFIERS,
@@ -77,17 +83,17 @@ class Narrator:
         """Return the next line's words."""
         if self.below(16) == 0:
             self._exchange_a_name()
-        kind = self.below(10)
+        kind = self.below(20)
         name = self.present[self.below(N_PRESENT)]
-        if kind < 4 and name in self.possessions:
-            return [HAS, name, self.possessions[name]]
-        return self.gift(name) if kind < 7 else self.sentence()
+        if kind < QUESTIONS and name in self.possessions:
+            return [name, name + self.possessions[name]]
+        return [self.gift(name)] if kind < QUESTIONS + GIFTS else self.sentence()
 
-    def gift(self, name: str) -> list[str]:
-        """Return a line that overwrites what ``name`` has by something else."""
+    def gift(self, name: str) -> str:
+        """Let ``name`` have something else, and return the word that says so."""
         others = [thing for thing in THINGS if thing != self.possessions.get(name)]
         self.possessions[name] = others[self.below(len(others))]
-        return [GETS, name, self.possessions[name]]
+        return name + self.possessions[name]
 
     def sentence(self) -> list[str]:
         """Return a line whose last word agrees with its second in number."""
