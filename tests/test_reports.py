@@ -823,7 +823,12 @@ def test_experiment_files_name_rows_and_points_as_paper_csv_does() -> None:
     for name in report_names(project):
         for profile in ("smoke", "short", "paper"):
             plan = load_plan(project, name, profile)
-            strangers = [place for place in plan.seeds if (plan.runs_of, *place) not in known]
+            # a row that the paper has no number for says so
+            strangers = [
+                (row, point)
+                for row, point in plan.seeds
+                if (plan.runs_of, row, point) not in known and not re.search(r"\((ours|.*Table 6)\)$", row)
+            ]
             assert strangers == [], f"{name}, {profile} profile"
             assert set(plan.spec.readme) <= set(load_plan(project, name, "paper").points)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fwp_lightning.attention import RULES
 from fwp_lightning.translation.attention import RegistryAttention
-from fwp_lightning.translation.choice import PLACES, PREFIX, default_choice, flatten, from_arguments
+from fwp_lightning.translation.choice import PREFIX, default_choice, flatten, from_arguments
 
 STOCK = "transformer"
 ENCODER_DECODER_PREFIXES = ("transformer",)
@@ -104,9 +104,7 @@ class FastWeightTransformer(TransformerModel):
     @classmethod
     def build_model(cls, args: Any, task: Any) -> FastWeightTransformer:
         """Build the model; ``ValueError`` in one sentence for an attention that cannot be had."""
-        choice = from_arguments(args)
-        for place in PLACES:
-            choice.of_place(place)
+        from_arguments(args).check()
         return super().build_model(args, task)
 
     @classmethod

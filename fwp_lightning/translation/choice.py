@@ -69,6 +69,11 @@ class TranslationAttention:
             return None
         return dataclasses.replace(self.attention, rule="sum", phi_norm="none", attention_norm="readout")
 
+    def check(self) -> None:
+        """Raise ``ValueError`` for a place that cannot have the rule."""
+        for place in PLACES:
+            self.of_place(place)
+
     @property
     def _writes_in_an_order(self) -> bool:
         from fwp_lightning.attention import RULES
