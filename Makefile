@@ -43,12 +43,12 @@ NO_FAIRSEQ = echo "fairseq was not installed (see above; it needs a C++ compiler
 # one sweep at a time also under `make -j`: a sweep runs JOBS processes of its own
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint smoke data-wikitext2 data-wikitext103 reproduce report status ui bench
+.PHONY: help setup test lint smoke data-wikitext2 data-wikitext103 data-wmt14 reproduce report status ui bench
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@printf '%s\n' '' 'Options: PROFILE=smoke|short|paper (smoke)  PROTOCOL=released|corrected (what the experiment file names)' \
-	  '         DATA=dir with train/valid/test.txt, plain or gzipped (what was downloaded)  JOBS=n processes ($(JOBS) here)' \
+	  '         DATA=dir with train/valid/test.txt, or .en and .de, plain or gzipped (what was downloaded)  JOBS=n processes ($(JOBS) here)' \
 	  '         PYTHON=python3.11 or newer, used when .venv is made' \
 	  'Experiments: $(EXPERIMENTS)'
 
@@ -71,6 +71,9 @@ data-wikitext2: $(INSTALLED) ## fetch WikiText-2 (7 MB) into data/
 
 data-wikitext103: $(INSTALLED) ## fetch WikiText-103 (313 MB) into data/
 	$(BIN)/fwp download wikitext-103
+
+data-wmt14: $(INSTALLED) ## fetch WMT14 English-German (818 MB) into data/
+	$(BIN)/fwp download wmt14
 
 reproduce: $(INSTALLED) $(FAIRSEQ) ## train every experiment (what is complete is skipped), then draw all reports
 	$(call train_and_report,$(EXPERIMENTS))

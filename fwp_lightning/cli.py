@@ -157,7 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="instruction set: AVX-512 (v4), AVX2 (v3) or any x86-64 (default: this processor's, or FWP_ISA)",
     )
     fetching = _add(commands, "download", _download, "fetch a corpus, check it, and make its token files")
-    fetching.add_argument("corpus", metavar="CORPUS", help="wikitext-2 (7 MB) or wikitext-103 (313 MB)")
+    fetching.add_argument("corpus", metavar="CORPUS", help="wikitext-2 (7 MB), wikitext-103 (313 MB) or wmt14 (818 MB)")
     listing = _add(commands, "list", _list, "list experiments, rules, feature maps and backends")
     listing.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -346,15 +346,24 @@ def _export(options: argparse.Namespace) -> int:
 
 def _download(options: argparse.Namespace) -> int:
     from fwp_lightning.data.corpora import KNOWN_CORPORA, SPLITS, fetch_corpus, files_of_corpus
+    from fwp_lightning.data.parallel_text import CORPORA as PARALLEL
+    from fwp_lightning.data.parallel_text import read_corpus
     from fwp_lightning.data.token_files import open_token_files
     from fwp_lightning.experiment import find_project
     from fwp_lightning.sweep.progress import transfer_display
 
+    data = find_project().data
+    folder = data / options.corpus
+    if (pairs := PARALLEL.get(options.corpus)) and pairs.files:
+        with transfer_display(pairs.title) as show:
+            fetch_corpus(pairs, folder, show)
+        found = read_corpus(folder, "en", "de", pairs)
+        print(f"{pairs.title} is in {folder}: " + ", ".join(f"{len(found[s].source):,} {s}" for s in SPLITS) + " pairs")
+        return 0
     corpus = KNOWN_CORPORA.get(options.corpus)
     if corpus is None:
-        raise UserError(f"unknown corpus {options.corpus!r}. {did_you_mean(options.corpus, list(KNOWN_CORPORA))}")
-    data = find_project().data
-    folder = data / corpus.name
+        known = [*KNOWN_CORPORA, *(name for name, parallel in PARALLEL.items() if parallel.files)]
+        raise UserError(f"unknown corpus {options.corpus!r}. {did_you_mean(options.corpus, known)}")
     with transfer_display(corpus.title) as show:
         fetch_corpus(corpus, folder, show)
     say = functools.partial(print, flush=True)

@@ -15,6 +15,7 @@ import yaml
 
 from fwp_lightning.attention import AttentionConfig
 from fwp_lightning.cli import main
+from fwp_lightning.data.corpora import hashes_of_folder
 from fwp_lightning.data.grammar import ADJECTIVES, NOUNS, TENSES, sentence_pairs
 from fwp_lightning.data.parallel_text import CORPORA, Pairs, Selection, read_corpus
 from fwp_lightning.data.translation import TranslationData
@@ -252,6 +253,16 @@ def test_multi30k_layout_is_read_and_counted(tmp_path: Path) -> None:
     }  # fmt: skip
     with pytest.raises(UserError, match=r"train has 5 pairs, Multi30k has 29,000; say data\.corpus: folder"):
         read_corpus(folder, "en", "de", CORPORA["multi30k"])
+
+
+def test_a_folder_of_pairs_is_known_by_the_hashes_of_its_files(tmp_path: Path) -> None:
+    folder = write_pairs(tmp_path / "c", {"train": 5, "valid": 3, "test": 4})
+    (folder / "README.md").write_text("not a sentence")
+    (folder / "valid.txt").write_text("nor this")
+    before = hashes_of_folder(str(folder))
+    assert len(set(before)) == 6
+    (folder / "test.en").write_text("another\n")
+    assert len({*before} - {*hashes_of_folder(str(folder))}) == 1
 
 
 def test_parquet_of_wmt14_is_read(tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from fwp_lightning.data.download import Progress, RemoteFile, download, sha256_of_file
+from fwp_lightning.data.parallel_text import files_of_pairs
 from fwp_lightning.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -96,7 +98,16 @@ _ONE_HUNDRED_AND_THREE = _wikitext(
 KNOWN_CORPORA = {corpus.name: corpus for corpus in (_TWO, _ONE_HUNDRED_AND_THREE)}
 
 
-def fetch_corpus(corpus: KnownCorpus, folder: Path, progress: Progress = lambda done, total: None) -> list[Path]:
+class Downloadable(Protocol):
+    """A corpus that consists of files on a server."""
+
+    @property
+    def files(self) -> tuple[RemoteFile, ...]:
+        """What is fetched."""
+        ...
+
+
+def fetch_corpus(corpus: Downloadable, folder: Path, progress: Progress = lambda done, total: None) -> list[Path]:
     """Fetch the files of a corpus that are not in ``folder`` yet; return all of them."""
     whole = sum(file.size or 0 for file in corpus.files)
     found: list[Path] = []
@@ -104,7 +115,7 @@ def fetch_corpus(corpus: KnownCorpus, folder: Path, progress: Progress = lambda 
         before = sum(earlier.size or 0 for earlier in corpus.files[:number])
 
         def add(done: int, _: int | None, before: int = before) -> None:
-            progress(before + done, whole)
+            progress(before + done, whole or None)
 
         found.append(download(file, folder, add))
         add(file.size or 0, None)
@@ -139,7 +150,9 @@ def files_of_corpus(folder: Path) -> dict[str, list[Path]]:
 
 
 def hashes_of_folder(folder: str) -> tuple[str, ...]:
-    """Return the SHA-256 of each file of a folder's text."""
+    """Return the SHA-256 of each file of a folder's text, or of its parallel texts (train.en, train.de, ...)."""
+    if pairs := files_of_pairs(Path(folder).expanduser()):
+        return tuple(map(sha256_of_file, pairs))
     files = files_of_corpus(Path(folder).expanduser())
     return tuple(sha256_of_file(path) for paths in files.values() for path in paths)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import html
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -114,6 +115,13 @@ def read_corpus(folder: Path, source: str, target: str, known: ParallelCorpus | 
         _check_split(folder, split, pairs)
         splits[split] = pairs
     return splits
+
+
+def files_of_pairs(folder: Path) -> list[Path]:
+    """Return the files of a folder that are sentences of a split in one language: train.en, val.de.gz and so on."""
+    stems = "|".join(stem for names in STEMS.values() for stem in names)
+    found = (path for path in folder.glob("*") if re.fullmatch(rf"({stems})\.[a-z]{{2,3}}(\.gz)?", path.name))
+    return sorted(path for path in found if ".txt" not in path.suffixes)
 
 
 def _check_split(folder: Path, split: str, pairs: Pairs) -> None:
