@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace {
 
@@ -38,16 +39,31 @@ template <class V, class Real> inline V load_vector(const Real *from) {
 }
 template <class V, class Real> inline void store_vector(Real *to, V x) { std::memcpy(to, &x, sizeof x); }
 
+// shuffles rather than copies of bytes: those go through memory
+template <class V, size_t... I> inline auto elements_of(V a, V b, std::index_sequence<I...>) {
+    return __builtin_shufflevector(a, b, I...);
+}
+template <class V, size_t... I> inline auto upper_half(V x, std::index_sequence<I...>) {
+    return __builtin_shufflevector(x, x, (I + sizeof...(I))...);
+}
+// followed by zeros if it is narrow
+template <class Real, class V> inline Full<Real> widened(V x) {
+    if constexpr (sizeof(V) == REGISTER_BYTES)
+        return x;
+    else
+        return elements_of(x, V{}, std::make_index_sequence<FULL<Real>>());
+}
+
 // added up in halves
 template <class Real, int BYTES> inline Real sum_vector(typename VectorOf<Real, BYTES>::type x) {
-    if constexpr (BYTES == 16) {
-        Real total = 0;
-        for (unsigned l = 0; l < BYTES / sizeof(Real); ++l) total += x[l];
-        return total;
+    if constexpr (BYTES > 16) {
+        using Half = std::make_index_sequence<BYTES / 2 / sizeof(Real)>;
+        return sum_vector<Real, BYTES / 2>(elements_of(x, x, Half()) + upper_half(x, Half()));
+    } else if constexpr (sizeof(Real) == 4) {
+        x += __builtin_shufflevector(x, x, 2, 3, 0, 1);
+        return x[0] + x[1];
     } else {
-        typename VectorOf<Real, BYTES / 2>::type halves[2];
-        std::memcpy(halves, &x, sizeof x);
-        return sum_vector<Real, BYTES / 2>(halves[0] + halves[1]);
+        return x[0] + x[1];
     }
 }
 
@@ -74,9 +90,11 @@ template <class Real> struct Factor {
     int64_t row, column;
 };
 
-// What becomes of a vector of the result, at (i, j), before it is stored.
+// What becomes of a vector of the result, at (i, j), before it is stored. What it adds up goes into one of SLOTS sums, so
+// that additions need not wait for one another.
+constexpr int SLOTS = 4;
 struct AsItIs {
-    template <class V> V operator()(V x, int64_t, int64_t) { return x; }
+    template <class V> V operator()(V x, int64_t, int64_t, int) { return x; }
 };
 
 template <class B, int M, bool UNIT_ROW, class Real, class Finish>
@@ -111,7 +129,8 @@ inline void tile(Real *out, int64_t out_row, Real keep, Factor<Real> a, const Re
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n)
-            store_vector(out + (i0 + i) * out_row + j0 + n * LANES_OF_V, finish(sum[i][n], i0 + i, j0 + n * LANES_OF_V));
+            store_vector(out + (i0 + i) * out_row + j0 + n * LANES_OF_V,
+                         finish(sum[i][n], i0 + i, j0 + n * LANES_OF_V, (i * N + n) % SLOTS));
     shared = finish;
 }
 
