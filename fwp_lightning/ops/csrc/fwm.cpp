@@ -33,7 +33,8 @@ template <class Real, class F> void for_each_head(const Problem<Real> &p, Real *
 template <class Real> void forward(const Problem<Real> &p, Real *o, Real *last, Real *kept, Real *scratch) {
     const int64_t per_head = fwm_kept_numbers(p.sequence(0));
     for_each_head(p, scratch, [&](int64_t i, Real *own) {
-        fwm_forward(p.sequence(i), p.rows(o, i, p.values), last + i * p.cells(), kept ? kept + i * per_head : nullptr, own);
+        const FwmOutputs<Real> out = {p.rows(o, i, p.values), last + i * p.cells()};
+        fwm_forward(p.sequence(i), out, kept ? kept + i * per_head : nullptr, own);
     });
 }
 

@@ -135,7 +135,7 @@ template <class Real> class FwmMemory {
         scales = take(kept, n_kept, s.steps);
         // those before each interval but the first
         memories = take(kept, n_kept, std::max<int64_t>(0, (chunks - 1) / FWM_INTERVAL) * K * pitch);
-        last_memory = take(kept, n_kept, s.last_q ? K * pitch : 0);
+        last_memory = take(kept, n_kept, K * pitch);
         // scratch rounded down to a register: the buffers start behind what that may take
         n_scratch = L;
         if (scratch) scratch -= reinterpret_cast<uintptr_t>(scratch) % REGISTER_BYTES / sizeof(Real);
@@ -604,9 +604,6 @@ template <class Real> int64_t fwm_scratch_numbers(const FwmSequence<Real> &s) {
 // `kept` is null where no gradient will be asked for.
 template <class Real> void fwm_forward(const FwmSequence<Real> &s, const FwmOutputs<Real> &out, Real *kept, Real *scratch) {
     FwmMemory<Real>(s, kept, scratch).forward(out, kept != nullptr);
-}
-template <class Real> void fwm_forward(const FwmSequence<Real> &s, Rows<Real> o, Real *last, Real *kept, Real *scratch) {
-    fwm_forward(s, FwmOutputs<Real>{o, last}, kept, scratch);
 }
 
 // Returns the first step that any gradient reaches: those of the steps before it are zero.

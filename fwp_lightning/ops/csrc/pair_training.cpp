@@ -198,7 +198,6 @@ template <class Real, int64_t SIZE> class Training {
         slow_row = take(2 * directions_row);
         if (p.rule != FWM) return;
         const FwmSequence<Real> one = memory_sequence();
-        memory = take(features * S), grad_memory = take(features * S);
         memory_kept = take(fwm_kept_numbers(one)), memory_scratch = take(fwm_scratch_numbers(one));
     }
 
@@ -710,27 +709,17 @@ template <class Real, int64_t SIZE> class Training {
 
     // ---- fwm: the memory itself is written, and read once ----
     FwmSequence<Real> memory_sequence() const {
-        return {T, features, S, {phi, features}, {nullptr, 0}, {value_ids, 1}, {beta, 1}, {nullptr, 0}, nullptr};
+        return {T, features, S, {phi, features}, {nullptr, 0}, {value_ids, 1}, {beta, 1}, {nullptr, 0}, nullptr, query_phi};
     }
     void read_memory() {
         feature_rows();
-        fwm_forward(memory_sequence(), Rows<Real>{nullptr, 0}, memory, memory_kept, memory_scratch);
-        for (int64_t i = 0; i < features; ++i)
-            for (int64_t v = 0; v < S; ++v) y[v] += query_phi[i] * memory[i * S + v];
+        fwm_forward(memory_sequence(), FwmOutputs<Real>{{nullptr, 0}, nullptr, y}, memory_kept, memory_scratch);
     }
     void read_memory_backward() {
-        for (int64_t i = 0; i < features; ++i) {
-            Real read = 0;
-            for (int64_t v = 0; v < S; ++v) {
-                read += memory[i * S + v] * grad_y[v];
-                grad_memory[i * S + v] = query_phi[i] * grad_y[v];
-            }
-            grad_query_phi[i] = read;
-        }
-        const FwmGradients<Real> wanted{grad_memory,  {nullptr, 0},  {grad_phi, features}, {nullptr, 0},
-                                        {grad_beta, 1}, {nullptr, 0}, nullptr};
-        fwm_backward(memory_sequence(), memory_kept, wanted, memory_scratch);
-        for (int64_t first = 0; first < T; first += TILE)
+        const FwmGradients<Real> wanted{nullptr, {nullptr, 0}, {grad_phi, features}, {nullptr, 0}, {grad_beta, 1}, {nullptr, 0},
+                                        nullptr, grad_y,       grad_query_phi};
+        const int64_t reached = fwm_backward(memory_sequence(), memory_kept, wanted, memory_scratch);
+        for (int64_t first = reached / TILE * TILE; first < T; first += TILE)
             feature_rows_backward(first, std::min<int64_t>(TILE, T - first), grad_phi + first * features);
     }
 
@@ -950,7 +939,7 @@ template <class Real, int64_t SIZE> class Training {
     Real *query_phi, *grad_query_phi, *state, *adjoint, *phi, *grad_phi, *u, *grad_u, *u_ring, *pulled_ring, *query_u, *grad_query_u;
     Real *key_projected, *value_projected, *key_powers, *value_powers, *grad_key_projected, *grad_value_projected;
     Real *query_projected, *grad_query_projected, *key_peak, *value_peak, *peaks, *log_scales, *slow, *slow_row;
-    Real *memory, *grad_memory, *memory_kept, *memory_scratch;
+    Real *memory_kept, *memory_scratch;
 };
 
 // the paper's D in the precision that trains; float64 is for tests
