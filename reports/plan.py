@@ -80,6 +80,8 @@ class Plan:
     statistic: str
     """which evaluation a figure shows: last or best"""
     is_default_protocol: bool
+    has_released: bool
+    """whether there is a released code, whose protocol the paper's numbers were measured under"""
     rows: tuple[str, ...]
     points: tuple[str, ...]
     version: int
@@ -143,6 +145,7 @@ def load_plan(project: Project, name: str, profile: str, protocol: str | None = 
         protocol=protocol,
         statistic=trained.protocols[protocol].statistic,
         is_default_protocol=protocol == trained.protocol,
+        has_released="released" in trained.protocols,
         rows=tuple(dict.fromkeys(run.row for run in runs)),
         points=tuple(sorted({run.point for run in runs}, key=natural_key)),
         version=runs[0].version,

@@ -102,7 +102,7 @@ def caption(selection: Selection) -> str:
 def notes(selection: Selection) -> list[str]:
     """How to read the table, where the numbers differ in kind, and the known deviations."""
     sentences = ["Ours is the mean ± standard deviation over seeds, with the number of runs in brackets."]
-    if selection.plan.protocol != "released":
+    if selection.plan.has_released and selection.plan.protocol != "released":
         sentences.append("The paper's and the authors' numbers were measured under the released protocol.")
     return [*sentences, *selection.deviations]
 

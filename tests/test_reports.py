@@ -833,6 +833,11 @@ def test_experiment_files_name_rows_and_points_as_paper_csv_does() -> None:
             assert set(plan.spec.readme) <= set(load_plan(project, name, "paper").points)
 
 
+def test_only_where_there_is_a_released_code_numbers_are_called_its() -> None:
+    assert load_plan(Project(ROOT), "figure2", "smoke", "corrected").has_released
+    assert not load_plan(Project(ROOT), "table1", "smoke").has_released
+
+
 def test_every_experiment_has_a_report() -> None:
     project = Project(ROOT)
     assert report_names(project) == experiment_names(project)

@@ -5,6 +5,8 @@ import itertools
 import json
 import logging
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,7 @@ def trainer(folder: Path, **options: Any) -> L.Trainer:
         "enable_model_summary": False,
     }
     sizes = {"accelerator": "cpu", "devices": 1, "max_epochs": -1, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
-    return L.Trainer(default_root_dir=folder, **quiet, **sizes, **options)
+    return L.Trainer(default_root_dir=folder, **{**quiet, **sizes, **options})
 
 
 # the same numbers as fairseq's
@@ -199,6 +201,45 @@ def test_training_goes_on_with_dropout_after_a_validation(project: Path) -> None
     watched = Watching(DELTA, TINY, SEARCH, lr=3e-3, warmup_steps=4, max_steps=10)
     trainer(project).fit(watched, data())
     assert watched.modes == [True] * 10
+
+
+DDP_SCRIPT = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from test_translation import data, task, trainer
+
+found = task()
+run = trainer(Path(sys.argv[2]), devices=2, strategy="ddp")
+run.fit(found, data())
+run.test(found, data(), verbose=False)
+if run.is_global_zero:
+    counts = {split: len(texts) for split, texts in found._translations.items()}
+    print("FOUND " + json.dumps([found.logged["train/loss"], counts, found.logged["test/bleu"], found.tokens]))
+"""
+
+
+@needs_fairseq
+@pytest.mark.slow
+def test_two_processes_take_the_updates_of_one_with_twice_the_micro_batches(project: Path) -> None:
+    one = task()
+    corpus = data(accumulation=2)
+    run = trainer(project)
+    run.fit(one, corpus)
+    run.test(one, corpus, verbose=False)
+    # Lightning starts the second process with the same file
+    script = project / "two.py"
+    script.write_text(DDP_SCRIPT, encoding="utf-8")
+    command = [sys.executable, str(script), str(ROOT / "tests"), str(project)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, cwd=project)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))
+    losses, counts, test_bleu, tokens = json.loads(found.removeprefix("FOUND "))
+    # float32 sums in another order, ten updates long
+    assert losses == pytest.approx(one.logged["train/loss"], rel=1e-4)
+    assert counts == {"valid": 12, "test": 13}
+    assert test_bleu == pytest.approx(one.logged["test/bleu"], rel=1e-3)
+    assert tokens == one.tokens
 
 
 # data
