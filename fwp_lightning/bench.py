@@ -91,11 +91,11 @@ def measure_rule(rule: str, shape: Shape) -> dict[str, float]:
         return [o, *torch.autograd.grad(o.square().sum(), inputs)]
 
     expected = step("reference")
-    for backend in ops.backends_of(rule):
+    for backend in ops.backends_of(rule, k):
         for ours, theirs in zip(step(backend), expected, strict=True):
             # float32 sums of up to T terms; a wrong formula is off by order 1
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.detach().abs().max()))
-    return interleaved({name: functools.partial(step, name) for name in ops.backends_of(rule)}, rounds=3)
+    return interleaved({name: functools.partial(step, name) for name in ops.backends_of(rule, k)}, rounds=3)
 
 
 def measure_retrieval(config: AttentionConfig, n_keys: int) -> dict[str, float]:

@@ -150,12 +150,13 @@ def build_parser() -> argparse.ArgumentParser:
     status.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="default: those with a tracked run")
     _add_data_folder(status)
     _add(commands, "export", _export, "write the tracked runs to results/runs.csv and results/metrics.csv")
-    building = _add(commands, "build-kernels", _build_kernels, "build the C++ kernels ahead, into the cache")
+    building = _add(commands, "build-kernels", _build_kernels, "build the compiled kernels ahead, into the cache")
     building.add_argument(
         "--isa",
         choices=["all", *processor.LEVELS],
         help="instruction set: AVX-512 (v4), AVX2 (v3) or any x86-64 (default: this processor's, or FWP_ISA)",
     )
+    building.add_argument("--cuda", action="store_true", help="the CUDA kernels too; needs nvcc, and no GPU")
     fetching = _add(commands, "download", _download, "fetch a corpus, check it, and make its token files")
     fetching.add_argument("corpus", metavar="CORPUS", help="wikitext-2 (7 MB), wikitext-103 (313 MB) or wmt14 (818 MB)")
     listing = _add(commands, "list", _list, "list experiments, rules, feature maps and backends")
@@ -376,7 +377,8 @@ def _download(options: argparse.Namespace) -> int:
 def _build_kernels(options: argparse.Namespace) -> int:
     from fwp_lightning import compiled
 
-    failures = compiled.build_ahead(processor.levels_to_build(options.isa), functools.partial(print, flush=True))
+    recipes = compiled.all_recipes(processor.levels_to_build(options.isa), cuda=options.cuda)
+    failures = compiled.build_ahead(recipes, functools.partial(print, flush=True))
     for failure in failures:
         print(f"fwp: error: {failure}", file=sys.stderr)
     return 1 if failures else 0

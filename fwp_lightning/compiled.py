@@ -1,9 +1,10 @@
-"""Builds the C++ kernels on first use, into a cache, and says in one sentence why where it cannot.
+"""Builds the C++ and CUDA kernels on first use, into a cache, and says in one sentence why where it cannot.
 
 Nothing is compiled at installation. A library is found again by its kernel, the instruction set it is built for, its
 source and flags, and the compiler; of PyTorch it takes raw pointers and links nothing, so another version of PyTorch
 leaves it as it is. Two processes that build at once wait for each other. ``FWP_CACHE`` names another folder, ``CXX``
-another compiler, ``FWP_ISA`` another instruction set; `fwp build-kernels` builds ahead.
+another compiler, ``FWP_ISA`` another instruction set, ``CUDA_HOME`` another CUDA toolkit; `fwp build-kernels` builds
+ahead. A kernel is called by the stem of its C++ file (``recurrence``) or the name of its CUDA file (``recurrence.cu``).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import functools
 import hashlib
 import logging
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -21,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +49,23 @@ FLAGS = (
     # heads are spread over torch's number of threads
     "-fopenmp",
 )
-BUILD_SECONDS = 300
+CUDA = "cuda"
+CUDA_FLAGS = (
+    "-O3",
+    "-std=c++17",
+    "-shared",
+    "-Xcompiler=-fPIC,-fno-strict-aliasing",
+    # the driver is all that a machine needs
+    "-cudart=static",
+    # A100, H100 and H200; others from 8.0 on compile the last one when they load it
+    "-gencode=arch=compute_80,code=[sm_80,sm_90,compute_80]",
+    # registers and spills, kept beside the library
+    "-Xptxas=-v",
+    "--threads=2",
+)
+BUILD_SECONDS = 900
 NO_COMPILER = "no C++ compiler was found (g++, or the one that CXX names)"
+NO_CUDA_COMPILER = "no CUDA compiler was found (nvcc, on PATH or in the toolkit that CUDA_HOME names)"
 _SEAL_BYTES = hashlib.sha256().digest_size
 
 
@@ -57,7 +75,7 @@ class KernelUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A library that can be built: the kernel ``csrc/<name>.cpp`` for one instruction set."""
+    """A library that can be built: a kernel in ``csrc`` for one instruction set, or for CUDA."""
 
     name: str
     level: str
@@ -65,18 +83,27 @@ class Recipe:
     @property
     def source(self) -> Path:
         """The file that is compiled."""
-        return SOURCES / f"{self.name}.cpp"
+        return SOURCES / (self.name if self.level == CUDA else f"{self.name}.cpp")
 
     @property
     def flags(self) -> tuple[str, ...]:
         """What the compiler is told."""
-        return (*FLAGS, *processor.compiler_flags(self.level))
+        return CUDA_FLAGS if self.level == CUDA else (*FLAGS, *processor.compiler_flags(self.level))
+
+    def compiler(self) -> tuple[str, ...]:
+        """Return the compiler's command; raise ``KernelUnavailable`` if there is none."""
+        return cuda_compiler() if self.level == CUDA else compiler()
 
     def fingerprint(self) -> str:
         """Return a hash of all that makes the library what it is, the compiler excepted."""
         headers = (path.read_text() for path in sorted(self.source.parent.glob("*.h")))
-        parts = (self.source.read_text(), *headers, " ".join(self.flags), processor.description(self.level))
-        return _digest(*parts)
+        described = "" if self.level == CUDA else processor.description(self.level)
+        return _digest(self.source.read_text(), *headers, " ".join(self.flags), described)
+
+
+def recipe_here(name: str) -> Recipe:
+    """Return what a kernel is built as here; raise ``UserError`` where ``FWP_ISA`` asks for what cannot be."""
+    return Recipe(name, CUDA if name.endswith(".cu") else processor.level())
 
 
 # --- calling ---------------------------------------------------------------------------------------------------------
@@ -97,10 +124,25 @@ def count(kernel: str, function: str, dtype: Any, problem: ctypes.Structure) -> 
     return int(_function(kernel, function, dtype, 0, ctypes.c_int64)(ctypes.addressof(problem)))
 
 
+def launch(kernel: str, function: str, dtype: Any, problem: ctypes.Structure, *tensors: Any, stream: int) -> None:
+    """Queue ``function`` of a CUDA kernel on a stream, otherwise as ``call``; raise ``RuntimeError`` if refused."""
+    pointers = [None if x is None else x.data_ptr() for x in tensors]
+    queue = _function(kernel, function, dtype, len(pointers) + 1, ctypes.c_int)
+    raise_refused(kernel, queue(ctypes.addressof(problem), *pointers, stream))
+
+
+def raise_refused(kernel: str, code: int) -> None:
+    """Raise ``RuntimeError`` with CUDA's own words for an error code other than 0."""
+    if code:
+        words = getattr(library(kernel), f"fwp_{Path(kernel).stem}_words")
+        words.restype = ctypes.c_char_p
+        raise RuntimeError(f"CUDA refused {kernel}: {words(code).decode()} (error {code})")
+
+
 @functools.cache
-def _function(kernel: str, function: str, dtype: Any, n_tensors: int, result: Any = None) -> Callable[..., Any]:
-    found = getattr(library(kernel), f"fwp_{kernel}_{function}_{str(dtype).removeprefix('torch.')}")
-    found.argtypes, found.restype = (ctypes.c_void_p,) * (1 + n_tensors), result
+def _function(kernel: str, function: str, dtype: Any, n_pointers: int, result: Any = None) -> Callable[..., Any]:
+    found = getattr(library(kernel), f"fwp_{Path(kernel).stem}_{function}_{str(dtype).removeprefix('torch.')}")
+    found.argtypes, found.restype = (ctypes.c_void_p,) * (1 + n_pointers), result
     return found
 
 
@@ -109,11 +151,11 @@ def _function(kernel: str, function: str, dtype: Any, n_tensors: int, result: An
 
 @functools.cache
 def library(name: str) -> ctypes.CDLL:
-    """Return the loaded library built from ``csrc/<name>.cpp``; raise ``KernelUnavailable`` with the reason.
+    """Return the loaded library of a kernel, built if need be; raise ``KernelUnavailable`` with the reason.
 
     Raises ``UserError`` where ``FWP_ISA`` asks for what this processor lacks.
     """
-    recipe = Recipe(name, processor.level())
+    recipe = recipe_here(name)
     path = _find(recipe) or build(recipe)
     try:
         return ctypes.CDLL(str(path))
@@ -137,10 +179,12 @@ def why_unavailable(name: str) -> str | None:
 def outlook(name: str) -> tuple[bool, str]:
     """Return whether a kernel can be expected to work here and why, without building it."""
     try:
-        recipe = Recipe(name, processor.level())
+        recipe = recipe_here(name)
+        if recipe.level == CUDA and (lacking := why_no_device()):
+            return False, lacking
         if _find(recipe):
             return True, f"built for {recipe.level}"
-        command = compiler()
+        command = recipe.compiler()
         target = _target(recipe, command)
         failure = _read(target.with_suffix(".failed")) or _why_not_writable(target.parent)
     except (KernelUnavailable, UserError) as error:
@@ -168,6 +212,38 @@ def compiler() -> tuple[str, ...]:
     return (program,)
 
 
+def cuda_compiler() -> tuple[str, ...]:
+    """Return the command of nvcc; raise ``KernelUnavailable`` if there is none."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if home := os.environ.get(variable):
+            program = shutil.which(str(Path(home) / "bin" / "nvcc"))
+            if program is None:
+                raise KernelUnavailable(f"{variable}={home} has no bin/nvcc; name a CUDA toolkit's folder or unset it")
+            return (program,)
+    program = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if program is None:
+        raise KernelUnavailable(NO_CUDA_COMPILER)
+    return (program,)
+
+
+@functools.cache
+def why_no_device() -> str | None:
+    """Return the reason why no CUDA device can be used here, or None; asks the driver, not PyTorch."""
+    try:
+        if metadata.version("torch").endswith("+cpu"):
+            return "this PyTorch is built without CUDA"
+    except metadata.PackageNotFoundError:
+        # installed without its metadata: the driver decides
+        pass
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "no NVIDIA driver is installed (libcuda.so.1)"
+    number = ctypes.c_int(0)
+    failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(number))
+    return "no CUDA device was found" if failed or number.value == 0 else None
+
+
 def cache_folder() -> Path:
     """Return the folder of built kernels; raise ``KernelUnavailable`` if there is no place for it."""
     base, above = os.environ.get("FWP_CACHE"), os.environ.get("XDG_CACHE_HOME")
@@ -182,7 +258,7 @@ def cache_folder() -> Path:
 def _find(recipe: Recipe) -> Path | None:
     """Return the library in the cache, whole, or None; where there is no compiler, one that another compiler built."""
     try:
-        candidates = [_target(recipe, compiler())]
+        candidates = [_target(recipe, recipe.compiler())]
     except KernelUnavailable:
         candidates = sorted(cache_folder().glob(f"{recipe.name}-{recipe.level}-{recipe.fingerprint()}-*.so"))
     return next((path for path in candidates if _is_whole(path)), None)
@@ -211,14 +287,15 @@ def _digest(*parts: str) -> str:
 # --- building --------------------------------------------------------------------------------------------------------
 
 
-def kernels() -> list[str]:
-    """Return the names of all kernels."""
-    return sorted(path.stem for path in SOURCES.glob("*.cpp"))
+def all_recipes(levels: list[str], *, cuda: bool) -> list[Recipe]:
+    """Return what there is to build: the C++ kernels for these levels, and those of CUDA."""
+    recipes = [Recipe(path.stem, level) for level in levels for path in sorted(SOURCES.glob("*.cpp"))]
+    return recipes + [Recipe(path.name, CUDA) for path in sorted(SOURCES.glob("*.cu")) if cuda]
 
 
 def build(recipe: Recipe) -> Path:
     """Return the library, built unless it is there; raise ``KernelUnavailable`` with the reason."""
-    command = compiler()
+    command = recipe.compiler()
     target = _target(recipe, command)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -235,10 +312,10 @@ def build(recipe: Recipe) -> Path:
     return target
 
 
-def build_ahead(levels: list[str], tell: Callable[[str], None]) -> list[str]:
-    """Build every kernel for these levels, telling one line each; return the reasons of those that could not be."""
+def build_ahead(recipes: list[Recipe], tell: Callable[[str], None]) -> list[str]:
+    """Build them all, telling one line each; return the reasons of those that could not be."""
     failures = []
-    for recipe in (Recipe(name, level) for level in levels for name in kernels()):
+    for recipe in recipes:
         start = time.monotonic()
         try:
             found = _find(recipe)
@@ -252,6 +329,7 @@ def build_ahead(levels: list[str], tell: Callable[[str], None]) -> list[str]:
 
 
 def _compile(command: list[str], source: str, target: Path) -> None:
+    log.info("building %s, once", target)
     failed = target.with_suffix(".failed")
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         built = Path(folder) / target.name
@@ -263,11 +341,13 @@ def _compile(command: list[str], source: str, target: Path) -> None:
             raise KernelUnavailable(f"{command[0]} took over {BUILD_SECONDS} s for {source}") from error
         if result.returncode != 0 or not built.is_file():
             lines = result.stderr.strip().splitlines() or ["it wrote no library and gave no reason"]
-            first = next((line for line in lines if "error" in line.lower()), lines[0])
+            first = next((line for line in lines if re.search("error|fatal", line, re.IGNORECASE)), lines[0])
             reason = f"{command[0]} failed on {source}: {first.strip()}"
             # `fwp list` can say so without trying again
             failed.write_text(reason)
             raise KernelUnavailable(reason)
+        # what the compiler said; of CUDA kernels also their registers
+        target.with_suffix(".log").write_text(result.stdout + result.stderr)
         _seal(built)
         os.replace(built, target)
     failed.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,8 +42,8 @@ def small_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
     (sources / "answer.cpp").write_text('extern "C" int answer() { return 42; }\n')
     monkeypatch.setattr(compiled, "SOURCES", sources)
     monkeypatch.setenv("FWP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.delenv("FWP_ISA", raising=False)
+    for name in ("CXX", "FWP_ISA", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
     forget()
     yield sources
     forget()
@@ -438,6 +439,99 @@ def test_build_kernels_refuses_in_a_sentence(
     assert words in shown.err
     assert len(shown.err.splitlines()) == 1
     assert not shown.out
+
+
+# what stands in for nvcc: it writes what g++ makes of the file
+NVCC = 'for last; do :; done; [ "$1" = --version ] || exec g++ -shared -fPIC -x c++ "$TWO" -o "$last"'
+
+
+@pytest.fixture
+def cuda_source(small_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A CUDA kernel `answer.cu`, and a toolkit whose nvcc is the host's compiler."""
+    (small_source / "answer.cu").write_text('extern "C" int answer() { return 44; }\n')
+    (tmp_path / "toolkit" / "bin").mkdir(parents=True)
+    stand_in(tmp_path / "toolkit" / "bin" / "nvcc", NVCC.replace("$TWO", str(small_source / "answer.cu")))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    return small_source
+
+
+def test_build_kernels_builds_cuda_only_when_asked(
+    cuda_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["build-kernels"]) == 0
+    assert "answer.cu" not in capsys.readouterr().out
+    assert main(["build-kernels", "--cuda"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["answer", processor.level()], ["answer.cu", "cuda"]]
+    assert compiled.library("answer.cu").answer() == 44
+    assert compiled.library("answer").answer() == 42
+
+
+def test_nvcc_is_looked_for_in_the_toolkit_that_is_named_then_on_path(
+    cuda_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvcc = str(tmp_path / "toolkit" / "bin" / "nvcc")
+    assert compiled.cuda_compiler() == (nvcc,)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(compiled.KernelUnavailable, match=f"CUDA_HOME={tmp_path} has no bin/nvcc; name a CUDA toolkit"):
+        compiled.cuda_compiler()
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("PATH", str(Path(nvcc).parent))
+    assert compiled.cuda_compiler() == (nvcc,)
+
+
+def test_without_nvcc_build_kernels_says_so_and_builds_the_others(
+    cuda_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert main(["build-kernels", "--cuda"]) == 1
+    shown = capsys.readouterr()
+    assert [line.split()[0] for line in shown.out.splitlines()] == ["answer"]
+    expected = f"CUDA_HOME={tmp_path} has no bin/nvcc; name a CUDA toolkit's folder or unset it"
+    assert shown.err == f"fwp: error: answer.cu for cuda: {expected}\n"
+
+
+def test_what_nvcc_says_is_quoted(cuda_source: Path, tmp_path: Path) -> None:
+    words = "nvcc fatal   : Unsupported gpu architecture 'compute_80'"
+    stand_in(tmp_path / "toolkit" / "bin" / "nvcc", f'echo note >&2; echo "{words}" >&2; exit 1')
+    assert compiled.why_unavailable("answer.cu") == f"{tmp_path}/toolkit/bin/nvcc failed on answer.cu: {words}"
+
+
+@pytest.mark.parametrize(
+    ("version", "driver", "words"),
+    [
+        ("2.13.0+cpu", None, "this PyTorch is built without CUDA"),
+        ("2.13.0", None, "no NVIDIA driver is installed (libcuda.so.1)"),
+        ("2.13.0", (100, 0), "no CUDA device was found"),
+        ("2.13.0", (0, 0), "no CUDA device was found"),
+        ("2.13.0", (0, 1), None),
+    ],
+)
+def test_the_list_says_why_there_is_no_device(
+    cuda_source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    driver: tuple[int, int] | None,
+    words: str | None,
+) -> None:
+    class Driver:
+        def cuInit(self, flags: int) -> int:
+            return driver[0]  # type: ignore[index]
+
+        def cuDeviceGetCount(self, number: Any) -> int:
+            number._obj.value = driver[1]  # type: ignore[index]
+            return 0
+
+    def load(name: str) -> Driver:
+        if driver is None:
+            raise OSError(name)
+        return Driver()
+
+    monkeypatch.setattr(compiled.metadata, "version", lambda name: version)
+    monkeypatch.setattr(compiled.ctypes, "CDLL", load)
+    expected = (False, words) if words else (True, "nvcc builds it on first use, once")
+    assert compiled.outlook("answer.cu") == expected
 
 
 def test_sources_of_kernels_are_not_ignored_and_so_are_in_a_wheel() -> None:

@@ -55,7 +55,7 @@ def sum_rule(
     Raises ``ValueError`` for tensors that do not fit together or a backend that cannot run.
     """
     check(q=q, k=k, v=v, state=state, causal=causal)
-    return implementation("sum", backend, k)(q, k, v, state, causal=causal)
+    return implementation("sum", backend, k, v)(q, k, v, state, causal=causal)
 
 
 def delta_rule(
@@ -67,7 +67,7 @@ def delta_rule(
     Raises ``ValueError`` for tensors that do not fit together or a backend that cannot run.
     """
     check(q=q, k=k, v=v, beta=beta, state=state)
-    return implementation("delta", backend, k)(q, k, v, beta, state)
+    return implementation("delta", backend, k, v)(q, k, v, beta, state)
 
 
 def fwm_rule(
@@ -79,7 +79,7 @@ def fwm_rule(
     Raises ``ValueError`` for tensors that do not fit together or a backend that cannot run.
     """
     check(q=q, k=k, v=v, beta=beta, state=state)
-    return implementation("fwm", backend, k)(q, k, v, beta, state)
+    return implementation("fwm", backend, k, v)(q, k, v, beta, state)
 
 
 def attention_weights(q: Tensor, k: Tensor, beta: Tensor | None = None) -> Tensor:

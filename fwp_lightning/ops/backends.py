@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fwp_lightning.ops import chunked, fwm, fwm_recurrence, recurrence, reference
+from fwp_lightning.ops import chunked, cuda_recurrence, fwm, fwm_recurrence, recurrence, reference
 from fwp_lightning.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -27,8 +27,10 @@ class Backend:
     why_not: Callable[[str, Tensor], str | None] = lambda rule, k: None
     kernels: tuple[str, ...] = ()
     """The compiled kernels it needs."""
-    takes_half: bool = False
-    """Whether it reads bfloat16 and float16 itself; others get float32. States are float32 either way."""
+    takes_half: tuple[torch.dtype, ...] = ()
+    """The half-precision dtypes that it reads itself; others get float32. States are float32 either way."""
+    most_values: int | None = None
+    """The largest V it takes."""
 
 
 def _compiled_why_not(rule: str, k: Tensor) -> str | None:
@@ -37,6 +39,15 @@ def _compiled_why_not(rule: str, k: Tensor) -> str | None:
 
 BACKENDS: Registry[Backend] = Registry("backend")
 # fastest first: `auto` takes the first that can
+BACKENDS.register("cuda")(
+    Backend(
+        {"sum": cuda_recurrence.sum_rule, "delta": cuda_recurrence.delta_rule},
+        lambda rule, k: cuda_recurrence.why_not(k),
+        kernels=("recurrence.cu",),
+        takes_half=(torch.bfloat16,),
+        most_values=cuda_recurrence.MOST_VALUES,
+    )
+)
 BACKENDS.register("cpu")(
     Backend(
         {"sum": recurrence.sum_rule, "delta": recurrence.delta_rule, "fwm": fwm_recurrence.fwm_rule},
@@ -44,37 +55,41 @@ BACKENDS.register("cpu")(
         kernels=("recurrence", "fwm"),
     )
 )
-BACKENDS.register("chunked")(Backend({"sum": chunked.sum_rule, "delta": chunked.delta_rule}, takes_half=True))
+BACKENDS.register("chunked")(
+    Backend({"sum": chunked.sum_rule, "delta": chunked.delta_rule}, takes_half=(torch.bfloat16, torch.float16))
+)
 BACKENDS.register("scan")(Backend({"fwm": fwm.fwm_rule}))
 BACKENDS.register("reference")(
     Backend({"sum": reference.sum_rule, "delta": reference.delta_rule, "fwm": reference.fwm_rule})
 )
 
 
-def why_not(backend: str, rule: str, k: Tensor | None = None) -> str | None:
-    """Return the sentence why ``backend`` cannot run ``rule`` (on tensors like ``k``), or None if it can."""
-    if rule not in BACKENDS[backend].rules:
+def why_not(backend: str, rule: str, k: Tensor | None = None, v: Tensor | None = None) -> str | None:
+    """Return the sentence why ``backend`` cannot run ``rule`` (on tensors like ``k`` and ``v``), or None if it can."""
+    chosen = BACKENDS[backend]
+    if rule not in chosen.rules:
         choices = ", ".join(["auto", *backends_of(rule)])
         return f"backend {backend!r} does not compute the rule {rule!r}; choose one of {choices}"
-    return None if k is None else BACKENDS[backend].why_not(rule, k)
+    reason = None if k is None else chosen.why_not(rule, k)
+    if reason is None and v is not None and chosen.most_values is not None and v.shape[-1] > chosen.most_values:
+        return f"V={v.shape[-1]} is over the {chosen.most_values} of backend {backend!r}; choose chunked"
+    return reason
 
 
-def backends_of(rule: str, k: Tensor | None = None) -> list[str]:
-    """Return the backends that compute ``rule`` (on tensors like ``k``), fastest first."""
-    return [
-        name for name in BACKENDS if rule in BACKENDS[name].rules and (k is None or not BACKENDS[name].why_not(rule, k))
-    ]
+def backends_of(rule: str, k: Tensor | None = None, v: Tensor | None = None) -> list[str]:
+    """Return the backends that compute ``rule`` (on tensors like ``k`` and ``v``), fastest first."""
+    return [name for name in BACKENDS if rule in BACKENDS[name].rules and not why_not(name, rule, k, v)]
 
 
-def implementation(rule: str, backend: str, k: Tensor) -> Implementation:
+def implementation(rule: str, backend: str, k: Tensor, v: Tensor) -> Implementation:
     """Return the function that computes ``rule``; a backend asked for by name is used or refused, never swapped."""
     if backend != "auto":
-        reason = why_not(backend, rule, k)
+        reason = why_not(backend, rule, k, v)
         if reason:
             raise ValueError(reason)
         return _for_dtype(rule, BACKENDS[backend], k.dtype)
     # one step is one write and one read: there is nothing to make parallel
-    chosen = "reference" if k.shape[1] == 1 else backends_of(rule, k)[0]
+    chosen = "reference" if k.shape[1] == 1 else backends_of(rule, k, v)[0]
     if k.shape[1] > 1:
         _log_choice(rule, chosen)
     return _for_dtype(rule, BACKENDS[chosen], k.dtype)
@@ -88,7 +103,7 @@ def _for_dtype(rule: str, backend: Backend, dtype: torch.dtype) -> Implementatio
 
     def computed_in_float32(*inputs: Tensor | None, **options: Any) -> tuple[Tensor | None, Tensor]:
         *tensors, state = inputs
-        if not backend.takes_half:
+        if dtype not in backend.takes_half:
             tensors = [None if x is None else x.to(wide) for x in tensors]
         o, last = function(*tensors, None if state is None else state.to(wide), **options)
         return (None if o is None else o.to(dtype)), last

@@ -30,7 +30,7 @@ template <int N> struct Fixed {
 };
 
 // Arrays of no elements do not exist.
-constexpr int at_least_one(int n) { return n > 0 ? n : 1; }
+FWP_EITHER constexpr int at_least_one(int n) { return n > 0 ? n : 1; }
 
 // --- values in the Nums: W[i] are columns at key feature i -------------------------------------------------------------
 
