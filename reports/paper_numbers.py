@@ -88,8 +88,8 @@ TABLES: dict[str, tuple[str, list[tuple[str, str, str]], dict[str, str]]] = {
     "table4": (
         "Table 4, Sec. 6.3",
         [
-            ("", "", "params_millions"),
-            ("", "", "state_millions"),
+            ("", "model", "params_millions"),
+            ("", "model", "state_millions"),
             ("", "valid", "perplexity"),
             ("", "test", "perplexity"),
         ],

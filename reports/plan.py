@@ -6,6 +6,8 @@ report:
   x: {label: number of unique keys S, limits: [0, 600]}
   y: {label: loss, scale: log, limits: [1.0e-4, 1.0e+3]}
   readme: [n_keys=60, n_keys=100]  # the points that README's block shows; leave out for none
+  lines:                           # of a table: a row whose run was scored in several ways, as the lines that show them
+    Transformer-XL: {small memory: _1, large memory: _2}   # line -> what follows the metric's name
 """
 
 from __future__ import annotations
@@ -64,6 +66,11 @@ class ReportSpec:
     x: Axis
     y: Axis
     readme: tuple[str, ...]
+    lines: Mapping[str, Mapping[str, str]]
+
+    def lines_of(self, row: str) -> Mapping[str, str]:
+        """The lines that show a row, and what follows the metrics' names in each; mostly the row itself."""
+        return self.lines.get(row, {row: ""})
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,7 @@ def load_plan(project: Project, name: str, profile: str, protocol: str | None = 
     runs = resolve_runs(experiment, profile=profile, protocol=protocol)
     spec = read_spec(name, read_yaml(project.experiments / f"{name}.yaml").get("report"))
     check_points(f"experiments/{name}.yaml, report", spec, (run.point for run in runs))
+    check_lines(f"experiments/{name}.yaml, report", spec, trained.rows)
     seeds: dict[tuple[str, str], tuple[int, ...]] = {}
     for run in runs:
         seeds[run.row, run.point] = (*seeds.get((run.row, run.point), ()), run.seed)
@@ -170,6 +178,7 @@ def check_report_section(experiment_name: str, project: Project) -> None:
         run.point for profile in trained.profiles for run in resolve_runs(experiment, profile=profile)
     )
     check_points(where, spec, tuple(points))
+    check_lines(where, spec, trained.rows)
     for point in spec.readme:
         if point not in points:
             raise UserError(f"{where}: readme names the point {point!r}. {did_you_mean(point, list(points))}")
@@ -187,12 +196,21 @@ def check_points(where: str, spec: ReportSpec, points: Iterable[str]) -> None:
             )
 
 
+def check_lines(where: str, spec: ReportSpec, rows: Iterable[str]) -> None:
+    """Refuses lines of a row that the experiment does not have, and lines of anything but a table."""
+    for row in spec.lines:
+        if row not in rows:
+            raise UserError(f"{where}.lines names the row {row!r}. {did_you_mean(row, list(rows))}")
+    if spec.lines and spec.kind != "table":
+        raise UserError(f"{where}: lines belong to a table, and the kind is {spec.kind}; leave them out.")
+
+
 def read_spec(name: str, section: Any) -> ReportSpec:
     """Checks the `report:` section of an experiment file."""
     where = f"experiments/{name}.yaml, report"
     if not isinstance(section, Mapping):
         raise UserError(f"experiments/{name}.yaml has no `report:` section; give it one with a kind and metrics.")
-    _check_keys(where, section, ("kind", "metrics", "x", "y", "readme"))
+    _check_keys(where, section, ("kind", "metrics", "x", "y", "readme", "lines"))
     kind = section.get("kind")
     if kind not in KINDS:
         raise UserError(f"{where}: kind is {kind!r}; {did_you_mean(str(kind), list(KINDS))}")
@@ -203,7 +221,16 @@ def read_spec(name: str, section: Any) -> ReportSpec:
     readme = _list(where, section, "readme")
     if wrong := [point for point in readme if not isinstance(point, str)]:
         raise UserError(f"{where}: readme names {wrong[0]!r}; write a point as in n_keys=60.")
-    return ReportSpec(kind, metrics, x, y, tuple(readme))
+    return ReportSpec(kind, metrics, x, y, tuple(readme), _lines(f"{where}.lines", section.get("lines") or {}))
+
+
+def _lines(where: str, section: Any) -> dict[str, dict[str, str]]:
+    if not isinstance(section, Mapping):
+        raise UserError(f"{where} is {section!r}; give each row its lines, as in {{row: {{line: _suffix}}}}.")
+    for row, lines in section.items():
+        if not isinstance(lines, Mapping) or not all(isinstance(suffix, str) for suffix in lines.values()):
+            raise UserError(f"{where}: {row!r} has {lines!r}; give it lines, as in {{small memory: _1}}.")
+    return {str(row): {str(line): suffix for line, suffix in lines.items()} for row, lines in section.items()}
 
 
 def _list(where: str, section: Mapping[str, Any], key: str) -> list[Any]:

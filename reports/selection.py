@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from fwp_lightning.errors import UserError
 from reports.plan import Metric, Plan
@@ -167,11 +167,19 @@ def collect(selection: Selection, results: Results) -> list[Cell]:
     grouped = defaultdict(list)
     for run in selection.runs:
         grouped[run.row, run.point].append(run)
+    spec = selection.plan.spec
     return [
-        _cell(selection.plan, row, point, metric, grouped[row, point], results)
+        _cell(selection.plan, row, line, point, metric, grouped[row, point], results)
         for row, point in selection.plan.seeds
-        for metric in selection.plan.spec.metrics
+        for line in spec.lines_of(row).items()
+        for metric in spec.metrics
     ]
+
+
+def _scored_as(metric: Metric, suffix: str, runs: Sequence[Run]) -> Metric:
+    """The metric with a line's suffix; one that the runs logged just once stands in every line."""
+    own = replace(metric, name=metric.name + suffix)
+    return own if any(own.name in run.curves for run in runs) else metric
 
 
 def end_of(run: Run, metric: Metric, statistic: str) -> End | None:
@@ -194,22 +202,26 @@ def diverged(run: Run, metric: Metric) -> bool:
     return run.status == "diverged" or (last is not None and not math.isfinite(last.value))
 
 
-def _cell(plan: Plan, row: str, point: str, metric: Metric, runs: list[Run], results: Results) -> Cell:
+def _cell(
+    plan: Plan, row: str, line: tuple[str, str], point: str, metric: Metric, runs: list[Run], results: Results
+) -> Cell:
+    shown, suffix = line
+    scored = _scored_as(metric, suffix, runs)
     # a diverged run counts as diverged in its last evaluation and with its best finite one, as the released logs do
     n_planned = max(len(plan.seeds[row, point]), len(runs))
-    n_diverged = sum(diverged(run, metric) for run in runs)
-    kept = {"last": [run for run in runs if not diverged(run, metric)], "best": runs}
-    ends = {name: [end for run in kept[name] if (end := end_of(run, metric, name))] for name in STATISTICS}
-    lost = {"last": n_diverged, "best": sum(diverged(run, metric) and not end_of(run, metric, "best") for run in runs)}
+    n_diverged = sum(diverged(run, scored) for run in runs)
+    kept = {"last": [run for run in runs if not diverged(run, scored)], "best": runs}
+    ends = {name: [end for run in kept[name] if (end := end_of(run, scored, name))] for name in STATISTICS}
+    lost = {"last": n_diverged, "best": sum(diverged(run, scored) and not end_of(run, scored, "best") for run in runs)}
     ours = {name: _summary((end.value for end in ends[name]), n_planned, lost[name]) for name in STATISTICS}
     steps = {name: _summary((end.step for end in ends[name]), n_planned, lost[name]) for name in STATISTICS}
-    last_steps = [end.step for run in runs if (end := end_of(run, metric, "last"))]
+    last_steps = [end.step for run in runs if (end := end_of(run, scored, "last"))]
     steps["last"] = _summary(last_steps, n_planned, 0)
     split, _, name = metric.name.rpartition("/")
-    found = {key: results.references.get((plan.runs_of, row, point, split, key)) for key in _reference_names(name)}
+    found = {key: results.references.get((plan.runs_of, shown, point, split, key)) for key in _reference_names(name)}
     released = {key: found[f"{key}_{name}"] or found[name] for key in STATISTICS}
     released_steps = {key: found[f"{key}_step"] for key in STATISTICS}
-    return Cell(row, point, metric, ours, steps, _present(released), _present(released_steps))
+    return Cell(shown, point, metric, ours, steps, _present(released), _present(released_steps))
 
 
 def _reference_names(name: str) -> list[str]:

@@ -65,10 +65,10 @@ def _columns_table(selection: Selection, cells: Sequence[Cell]) -> Table:
         name = " ".join(part for part in (wording.point_value(point)[1], metric.label) if part)
         header += [f"{name}, {plan.statistic}: ours", "paper", "difference"]
     lines = []
-    for row in plan.rows:
-        line = [row]
+    for name in (name for row in plan.rows for name in plan.spec.lines_of(row)):
+        line = [name]
         for point, metric in columns:
-            cell = found.get((row, point, metric.name))
+            cell = found.get((name, point, metric.name))
             if cell is None:
                 line += ["", "", ""]
                 continue

@@ -335,6 +335,33 @@ def test_bound_of_the_paper_is_printed_and_not_subtracted(bench: Bench) -> None:
     assert [cell.strip() for cell in line.split("|")[2:5]] == ["300.0 (1)", ">260", "--"]
 
 
+def test_a_run_scored_in_several_ways_has_a_line_for_each(bench: Bench) -> None:
+    metrics = [{"name": f"{name}", "label": name} for name in ("model/size", "valid/perplexity")]
+    lines = {"Linear Transformer": {"short memory": "_1", "long memory": "_2"}}
+    bench.edit("table9", report={"kind": "table", "metrics": metrics, "lines": lines})
+    added = {"experiment": "table9", "point": "", "protocol": "corrected"}
+    key = bench.add("Linear Transformer", [90.0], metric="valid/perplexity_1", **added)
+    bench.add("Linear Transformer", [20.0], metric="valid/perplexity_2", key=key, **added)
+    bench.add("Linear Transformer", [7.0], metric="model/size", key=key, **added)
+    bench.paper("long memory", "perplexity", "24.6", experiment="table9", point="")
+    table = tables.build(bench.selection("table9"), bench.cells("table9"))
+    assert table.lines == (
+        ("short memory", "7.00 (1)", "--", "--", "90.0 (1)", "--", "--"),
+        ("long memory", "7.00 (1)", "--", "--", "20.0 (1)", "24.6", "\N{MINUS SIGN}4.60"),
+        ("Delta Network", "-- (0/1)", "--", "--", "-- (0/1)", "--", "--"),
+    )
+
+
+def test_lines_of_a_row_that_is_not_there_are_refused(bench: Bench) -> None:
+    spec = {"kind": "table", "metrics": ["valid/perplexity"]}
+    bench.edit("table9", report={**spec, "lines": {"Linear": {"short memory": "_1"}}})
+    with pytest.raises(UserError, match=r"lines names the row 'Linear'\. Did you mean 'Linear Transformer'"):
+        load_plan(bench.project, "table9", "short")
+    bench.edit("table9", report={**spec, "kind": "learning_curves", "lines": {"Delta Network": {"short": "_1"}}})
+    with pytest.raises(UserError, match="lines belong to a table"):
+        check_report_section("table9", bench.project)
+
+
 # --- what is drawn ---------------------------------------------------------------------------------------------------
 
 
@@ -691,6 +718,8 @@ def test_fwp_report_hands_the_exit_code_on(bench: Bench) -> None:
         ({"kind": "table", "metrics": [{"name": "a/b", "digits": "two"}]}, "a whole number from 0 to 9"),
         ({"kind": "table", "metrics": ["a/b"], "x": "steps"}, "report.x is 'steps'; give it the keys label"),
         ({"kind": "table", "metrics": ["a/b"], "readme": [60]}, "write a point as in n_keys=60"),
+        ({"kind": "table", "metrics": ["a/b"], "lines": ["a"]}, "give each row its lines"),
+        ({"kind": "table", "metrics": ["a/b"], "lines": {"a": "_1"}}, "'a' has '_1'; give it lines"),
     ],
 )
 def test_wrong_report_section(section: object, complaint: str) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -21,6 +21,8 @@ from fwp_lightning.models.transformer import Architecture
 from fwp_lightning.models.transformer_xl import TransformerXL
 from fwp_lightning.tasks.perplexity import WordPerplexity
 
+log = logging.getLogger(__name__)
+
 SPLITS: tuple[Split, ...] = ("valid", "test")
 
 
@@ -35,7 +37,8 @@ class Evaluation:
     batch_size: int = 64
     """Windows at a time."""
     contexts: list[list[int]] = field(default_factory=list)
-    """Transformer-XL: pairs of memory and target length, each scored by itself; [] is that of the training."""
+    """Transformer-XL: pairs of memory and target length, scored one after the other as perplexity_1, perplexity_2, ..;
+    [] is that of the training."""
     largest_distance: int = 0
     """Transformer-XL: clamp distances to this, as the released evaluation does; 0: do not."""
 
@@ -57,8 +60,8 @@ class FinalPass(NamedTuple):
     """One pass over a split with the best weights."""
 
     split: Split
-    name: str
-    """Of the metric."""
+    suffix: str
+    """Of the metrics' names: _1, _2, .. for several contexts."""
     length: int
     memory: int | None = None
     span: int = 0
@@ -266,18 +269,18 @@ class LanguageModelingTask(L.LightningModule):
             self.data.test_batches = [self._batches_of(final) for final in self.final_passes()]
 
     def final_passes(self) -> list[FinalPass]:
-        """Return the passes of the final evaluation in order."""
+        """Return the passes of the final evaluation in order: all of a split, then all of the next."""
         length, contexts = self.data.length, self.evaluation.contexts
+        if not contexts:
+            return [FinalPass(split, "", length) for split in SPLITS]
         passes = []
         for split in SPLITS:
-            if not contexts:
-                passes.append(FinalPass(split, f"{split}/perplexity", length))
-            for memory, target in contexts:
-                name = f"{split}/perplexity_{memory}_{target}"
-                # words one by one see the memory behind them and nothing else: longer segments with a span do the same
-                whole = max(length, memory)
-                single = target == 1 and memory > 0
-                passes.append(FinalPass(split, name, whole if single else target, memory, memory if single else 0))
+            for number, (memory, target) in enumerate(contexts, start=1):
+                if target == 1 and memory:
+                    # words one by one see the memory behind them and no more: long segments with a span do the same
+                    passes.append(FinalPass(split, f"_{number}", max(length, memory), memory, span=memory))
+                else:
+                    passes.append(FinalPass(split, f"_{number}", target, memory))
         return passes
 
     def _batches_of(self, final: FinalPass) -> Batches[Any]:
@@ -315,13 +318,12 @@ class LanguageModelingTask(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log each pass's perplexity, and the sizes that Table 4 shows."""
         for final, score in zip(self._passes, self._scores, strict=True):
-            self._log(final.name, float(score.compute()))
+            self._log(f"{final.split}/perplexity{final.suffix}", float(score.compute()))
         self._log("model/params_millions", sum(p.numel() for p in self.model.parameters()) / 1e6)
-        for memory, target in self.evaluation.contexts or [[0, 0]]:
-            name = f"model/state_millions_{memory}_{target}" if self.evaluation.contexts else "model/state_millions"
-            if isinstance(self.model, TransformerXL) and self.evaluation.contexts:
-                self.model.memory_length = memory
-            self._log(name, self.model.state_size(target or self.data.length) / 1e6)
+        for number, final in enumerate(self._passes[: len(self._passes) // len(SPLITS)]):
+            self._prepare(final)
+            _, target = self.evaluation.contexts[number] if self.evaluation.contexts else (0, final.length)
+            self._log(f"model/state_millions{final.suffix}", self.model.state_size(target) / 1e6)
         self._prepare(None)
 
     def _prepare(self, final: FinalPass | None) -> None:
@@ -392,10 +394,9 @@ def check_context(context: str, architecture: Architecture, attention: Attention
             "means nothing; set favor.redraw: never"
         )
     if attention.attention_norm != "none":
-        warnings.warn(
-            f"attention_norm={attention.attention_norm} with a carried state: z grows over the whole text, so that "
-            "outputs shrink like 1/t",
-            stacklevel=3,
+        log.warning(
+            "attention_norm=%s with a carried state: z grows over the whole text, so that outputs shrink like 1/t",
+            attention.attention_norm,
         )
 
 
