@@ -146,6 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in FAIRSEQ_COMMANDS.items():
         commands.add_parser(name, help=f"{text} (fairseq's own flags)", add_help=False)
     _add_sweep(commands)
+    _add_generate(commands)
     status = _add(commands, "status", _status, "show how far every experiment is")
     status.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="default: those with a tracked run")
     _add_data_folder(status)
@@ -162,6 +163,18 @@ def build_parser() -> argparse.ArgumentParser:
     listing = _add(commands, "list", _list, "list experiments, rules, feature maps and backends")
     listing.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def _add_generate(commands: Any) -> None:
+    generate = _add(commands, "generate", _generate, "continue a text with a trained language model")
+    generate.add_argument("--checkpoint", required=True, metavar="FILE", help="final.ckpt of a complete run")
+    generate.add_argument("--prompt", default="", metavar="TEXT", help="words to begin with, apart by spaces")
+    generate.add_argument("--words", type=_positive, default=100, metavar="N", help="words to write (100)")
+    generate.add_argument(
+        "--temperature", type=float, default=1.0, metavar="X", help="0: always the likeliest word (1)"
+    )
+    generate.add_argument("--top-k", type=int, default=0, metavar="K", help="among the K likeliest words; 0: among all")
+    generate.add_argument("--seed", type=int, default=1, metavar="S", help="of the draws (1)")
 
 
 def _add(commands: Any, name: str, command: Command, text: str) -> argparse.ArgumentParser:
@@ -300,6 +313,23 @@ def _built_in_parts() -> set[str]:
     live = [getattr(sys.modules.get(f"fwp_lightning.attention.{name}"), registry, {}) for name, registry in registries]
     users = {name for parts in live for name in parts if not parts[name].__module__.startswith("fwp_lightning.")}
     return {part.name for part in [*catalog.rules(), *catalog.feature_maps()]} - users
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from fwp_lightning.generation import Sampling, continue_text, load_trained
+
+    _import_user_files(options.imports)
+    try:
+        sampling = Sampling(options.temperature, options.top_k)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    trained = load_trained(Path(options.checkpoint))
+    said = continue_text(
+        trained, options.prompt, options.words, sampling, options.seed, functools.partial(print, end="", flush=True)
+    )
+    print()
+    print(said, file=sys.stderr)
+    return 0
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -163,6 +163,29 @@ def test_accumulation_trains_as_the_whole_batch_does(context: Any) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("context", ["segment", "carried"])
+def test_two_processes_train_and_score_as_one_does(context: Any) -> None:
+    options = {"sizes": {"dropout": 0.0, "positions": "none"}, **(CARRIED if context == "carried" else {})}
+    tasks, metrics = [], []
+    for how in ({}, {"strategy": "ddp_fork", "devices": 2}):
+        task = make_task(**options)
+        torch.manual_seed(5)
+        # built here, so that the trained weights come back from the other processes
+        task.model = task.build_model(make_data())  # type: ignore[assignment]
+        with quiet_lightning():
+            trainer = make_trainer(**how)
+            trainer.fit(task, make_data())
+        tasks.append(task)
+        metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+        assert metrics[-1]["step"] == 20
+        metrics[-1] |= {name: value for name, value in score(task, make_data(), **how).items() if name != "step"}
+    # float32 sums in another order
+    assert metrics[1] == pytest.approx(metrics[0], rel=1e-5)
+    for ours, theirs in zip(tasks[1].model.parameters(), tasks[0].model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
 def test_carried_states_reach_the_next_segment_and_start_anew_with_the_text() -> None:
     seen = []
     task = make_task(**CARRIED, sizes={"positions": "none"}, max_steps=30)
@@ -332,6 +355,7 @@ def test_a_run_resumed_in_the_middle_of_the_text_equals_an_undisturbed_one_bit_f
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         assert torch.equal(ours[key], value), key
+    assert (resumed.steps, resumed.tokens) == (undisturbed.steps, undisturbed.tokens)
     assert score(resumed, make_data(**data)) == score(undisturbed, make_data(**data))
 
 

@@ -31,6 +31,7 @@ from fwp_lightning.sweep.training import (
     set_random_state,
     steps_of,
     write_checkpoint,
+    write_final,
 )
 from fwp_lightning.tracking import Origin, RunRecorder, open_store, params_of, require_folder, tags_of
 
@@ -185,6 +186,7 @@ def _record_success(cli: SingleCLI, subcommand: str) -> None:
     if subcommand == "fit":
         if write_checkpoint(cli.trainer, recorder.folder):
             publish_checkpoint(recorder.folder)
+        write_final(cli.model, yaml.safe_load((recorder.folder / "config.yaml").read_text("utf-8")), recorder.folder)
         recorder.log_points(measurements.summary(cli.trainer, cli.model), steps_of(cli.trainer, cli.model))
         tags["diverged"] = divergence_of(cli.model, measurements) or ""
     recorder.finish("FINISHED", tags)

@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 # a run that is asked to stop may end its epoch and save within this time
 STOP_SECONDS = 10.0
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+LAST, PREVIOUS, FINAL = "last.ckpt", "previous.ckpt", "final.ckpt"
 DESCRIBED = ("n_params", "state", "rule", "feature_map", "phi_norm", "attention_norm", "backend")
 
 
@@ -508,7 +508,7 @@ def _train_locked(run: Run, client: MlflowClient, shared: Circumstances, folder:
     started = time.monotonic()
     try:
         with quiet_lightning():
-            diverged, keep = _fit(run, recorder, shared, folder)
+            diverged = _fit(run, recorder, shared, folder)
     except (RunStopped, SIGTERMException):
         recorder.finish("KILLED")
         return Outcome(run.run_key, "stopped", time.monotonic() - started)
@@ -520,13 +520,12 @@ def _train_locked(run: Run, client: MlflowClient, shared: Circumstances, folder:
     recorder.finish("FINISHED", {"diverged": diverged or "", "failed": "", "complete": "true"})
     if recorder.undelivered:
         return Outcome(run.run_key, "failed", message="neither the store nor the journal could be written")
-    if not keep:
-        remove_checkpoints(folder)
+    remove_checkpoints(folder)
     return Outcome(run.run_key, "diverged" if diverged else "complete", time.monotonic() - started, diverged or "")
 
 
-def _fit(run: Run, recorder: RunRecorder, shared: Circumstances, folder: Path) -> tuple[str | None, bool]:
-    """Train; return why the run diverged, if it did, and whether its checkpoints are to be kept."""
+def _fit(run: Run, recorder: RunRecorder, shared: Circumstances, folder: Path) -> str | None:
+    """Train and test; return why the run diverged, if it did."""
     checkpoint = ExactCheckpoint(recorder, seconds=shared.checkpoint_seconds, stop=shared.stop)
     measurements = Measurements(recorder)
     settings = {"logger": TrackingLogger(recorder), "default_root_dir": str(folder), **SILENT_TRAINER}
@@ -536,8 +535,24 @@ def _fit(run: Run, recorder: RunRecorder, shared: Circumstances, folder: Path) -
     diverged = divergence_of(task, measurements)
     if diverged is None and is_overridden("test_step", task):
         trainer.test(task, cli.datamodule, verbose=False)
+    if diverged is None:
+        write_final(task, run.config, folder)
     recorder.log_points(measurements.summary(trainer, task), steps_of(trainer, task))
-    return diverged, bool(getattr(task, "keep_checkpoint", False))
+    return diverged
+
+
+def write_final(task: LightningModule, config: Config, folder: Path) -> None:
+    """Write what a task wants kept of a complete run to final.ckpt; a full disk costs the file, not the run."""
+    final = getattr(task, "final", None)
+    if final is None:
+        return
+    partial = folder / f"{FINAL}.tmp"
+    try:
+        torch.save({"config": config, **final()}, partial)
+        partial.replace(folder / FINAL)
+    except (OSError, RuntimeError) as error:
+        log.warning("no %s in %s: %s", FINAL, folder, sentence_of(error))
+        partial.unlink(missing_ok=True)
 
 
 def divergence_of(task: LightningModule, measurements: Measurements) -> str | None:

@@ -76,10 +76,12 @@ class LanguageModelingTask(L.LightningModule):
 
     monitor = "valid/loss"
     monitor_mode = "min"
-    keep_checkpoint = True
 
     model: LanguageModel
-    _tokens: Tensor
+    steps: int
+    """Optimiser steps done."""
+    tokens: int
+    """Words predicted in training."""
 
     def __init__(
         self,
@@ -125,23 +127,13 @@ class LanguageModelingTask(L.LightningModule):
         self.max_steps, self.context, self.compute = max_steps, context, compute
         self.diverged: str | None = None
         self.perplexity = WordPerplexity()
-        self.register_buffer("_tokens", torch.zeros((), dtype=torch.int64))
+        self.steps = self.tokens = 0
         self._block_loss: Tensor | float = 0.0
         self._carried: dict[int, list[Any]] = {}
         self._evaluated: list[Any] | None = None
         self._best: dict[str, Any] | None = None
         self._best_loss = math.inf
         self._compiled: Callable[..., Any] | None = None
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps done."""
-        return int(self.trainer.global_step)
-
-    @property
-    def tokens(self) -> int:
-        """Words predicted in training."""
-        return int(self._tokens)
 
     @property
     def data(self) -> WikiTextData:
@@ -213,15 +205,17 @@ class LanguageModelingTask(L.LightningModule):
             # truncated backpropagation: no gradient reaches the segment before
             self._carried[segment.part] = [layer.detach() for layer in state]
         loss = self.model.words.nll(hidden.flatten(0, 1), segment.targets.flatten()).mean()
-        self._tokens += segment.targets.numel() * self.trainer.world_size
+        self.tokens += segment.targets.numel() * self.trainer.world_size
         self._block_loss = self._block_loss + loss.detach()
-        self._log("train/loss", loss.detach(), n=segment.targets.numel())
+        self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, sync_dist=True)
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Segment, batch_idx: int) -> None:
         """End the training after ``max_steps``, or where the loss is no number any more."""
+        self.steps = self.trainer.global_step
         if batch_idx + 1 < self.trainer.num_training_batches:
             return
+        self._log_step()
         # looked at once a block: it makes a GPU wait
         loss = float(self._block_loss)
         if not math.isfinite(loss):
@@ -341,24 +335,36 @@ class LanguageModelingTask(L.LightningModule):
         nll = self.model.words.nll(hidden.flatten(0, 1), segment.targets.flatten())
         (self.perplexity if score is None else score).update(nll)
 
-    def _log(self, name: str, value: Tensor | float, n: int = 1) -> None:
-        self.log(name, value, on_step=False, on_epoch=True, batch_size=n)
-        self.log("step", float(self.steps), on_step=False, on_epoch=True, batch_size=1, reduce_fx="max")
+    def _log(self, name: str, value: float) -> None:
+        self.log(name, value, on_step=False, on_epoch=True, batch_size=1)
+        self._log_step()
+
+    def _log_step(self) -> None:
+        """Say at which step the metrics of an epoch stand."""
+        self.log("step", float(self.steps), on_step=False, on_epoch=True, batch_size=1)
 
     # --- checkpoints
 
+    def final(self) -> dict[str, Any]:
+        """Return what stays of a complete run: the best weights, and the words that they are for."""
+        weights = self._best if self._best is not None else _copy(self.model.state_dict())
+        return {"weights": weights, "words": self.data.vocabulary.words}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the carried state and the best weights."""
+        """Add the counts, the carried state and the best weights."""
         checkpoint["language_modeling"] = {
             "carried": {part: [_packed(layer) for layer in state] for part, state in self._carried.items()},
             "best": self._best,
             "best_loss": self._best_loss,
+            "steps": self.steps,
+            "tokens": self.tokens,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the carried state and the best weights over."""
+        """Take the counts, the carried state and the best weights over."""
         kept = checkpoint["language_modeling"]
         self._best, self._best_loss = kept["best"], kept["best_loss"]
+        self.steps, self.tokens = kept["steps"], kept["tokens"]
         self._carried = {part: [_unpacked(layer) for layer in state] for part, state in kept["carried"].items()}
 
 
