@@ -25,6 +25,42 @@ template <> struct Lanes<double> {
     typedef int64_t bits __attribute__((vector_size(LANES * sizeof(int64_t))));
 };
 
+// Out of line and through memory, so that the usual case stays in registers.
+template <class Real> [[maybe_unused, gnu::noinline]] typename Lanes<Real>::type load_some(const Real *from, int64_t n) {
+    typename Lanes<Real>::type out{};
+    std::memcpy(&out, from, n * sizeof(Real));
+    return out;
+}
+template <class Real> [[maybe_unused, gnu::noinline]] void store_some(Real *to, typename Lanes<Real>::type x, int64_t n) {
+    std::memcpy(to, &x, n * sizeof(Real));
+}
+// The first n numbers of a row, the rest zero; nothing after them is touched. All of a vector's if n is LANES or more.
+template <class Real> [[maybe_unused]] inline typename Lanes<Real>::type load(const Real *from, int64_t n) {
+    if (__builtin_expect(n < LANES, 0)) return load_some(from, n);
+    typename Lanes<Real>::type out;
+    std::memcpy(&out, from, sizeof out);
+    return out;
+}
+template <class Real> [[maybe_unused]] inline void store(Real *to, typename Lanes<Real>::type x, int64_t n) {
+    if (__builtin_expect(n < LANES, 0)) return store_some<Real>(to, x, n);
+    std::memcpy(to, &x, sizeof x);
+}
+
+template <class Real, int N> struct Vector {
+    typedef Real type __attribute__((vector_size(N * sizeof(Real))));
+};
+// Pairwise: few additions wait for each other, and rounding errors grow with the logarithm.
+template <class Real, int N = LANES> [[maybe_unused]] inline Real sum_lanes(typename Vector<Real, N>::type x) {
+    if constexpr (N == 2) {
+        return x[0] + x[1];
+    } else {
+        typename Vector<Real, N / 2>::type low, high;
+        std::memcpy(&low, &x, sizeof low);
+        std::memcpy(&high, reinterpret_cast<const char *>(&x) + sizeof low, sizeof high);
+        return sum_lanes<Real, N / 2>(low + high);
+    }
+}
+
 // exp for -87 <= x <= 88 to about one unit in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]
 [[maybe_unused]] inline Lanes<float>::type exp_in_range(Lanes<float>::type x) {
     using V = Lanes<float>::type;

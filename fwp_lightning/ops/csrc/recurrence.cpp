@@ -1,304 +1,567 @@
 // The sum and delta rules over [B, T, H, D] tensors, forward and backward, with a state in and out.
 //
-// A memory W [K, V] is cut into blocks of sixteen columns, one in each lane: columns of W never meet, since a write is
-// k (x) u and u_v needs column v alone. So the time loop is broadcasts and multiply-adds, W stays in registers or L1, and
-// nothing is summed across lanes. The backward pass goes through time twice: once with values in the lanes (gradients of
-// v and beta), once with keys in the lanes (gradients of q and k). The memories of an interval are written again from a
-// checkpoint; undoing writes instead would lose all digits where a memory grows. ../README.md has the equations.
+// The arithmetic is memory_columns.h with as many columns side by side as a register holds; here are the loops over time
+// and what is kept. The backward pass goes through time twice: backward for what later steps want (Receiving), then forward
+// for what earlier steps left (Rewriting), which writes the memory again from its first state. So no memory is kept, and
+// none is recovered by undoing writes, which would lose all digits where a memory grows.
+//
+// All heads of a sequence take a step before any takes the next one: [B, T, H, D] is then read and written from front to
+// back, and the chain of one head's steps waits while others work. ../README.md has the equations.
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
+#include <vector>
 
+#include "feature_rows.h"
 #include "lanes.h"
+#include "memory_columns.h"
 
 namespace {
 
-template <class Real> struct Problem {
-    int64_t batch, steps, heads, keys, values;  // B, T, H, K, V
-    int64_t delta;                              // 0: sum rule, 1: delta rule
-    int64_t interval;                           // steps between checkpoints
-    int64_t threads;
-    const Real *q, *k, *v, *beta, *state;       // q may be null: write only; beta is null for the sum rule
+// steps of one pass over a memory: fewer would load and store it more often, more would need more registers
+constexpr int STEPS = 2;
+// rows are fetched so many steps before they are needed
+constexpr int64_t AHEAD = 4;
+// memories of the heads that go together: they should stay in the second cache
+constexpr int64_t GROUP_BYTES = 512 * 1024;
 
-    int64_t checkpoints() const { return (steps + interval - 1) / interval; }
+struct Problem {
+    int64_t batch, steps, heads, keys, values;  // B, T, H, K (features), V
+    int64_t delta, threads;
+    int64_t map, nu, size;  // phi, and the size of what it is computed from
+    int64_t normalise_features, normalise_readout;
+    double key_eps, query_eps, readout_eps;
+
+    FeatureMap phi(double eps) const { return {map, nu, size, keys, normalise_features != 0, eps}; }
     int64_t cells() const { return keys * values; }
 };
 
-// One block of up to sixteen numbers of a row, the rest zero.
-template <class Real> inline typename Lanes<Real>::type load(const Real *from, int64_t n) {
-    typename Lanes<Real>::type out{};
-    if (n >= LANES)
-        std::memcpy(&out, from, sizeof out);
+// What is absent is null: q (write only), beta (sum rule), errors (and where no gradient will be asked for), state (empty),
+// z and scale (no normalised read-out), incoming gradients that are 0, gradients of what is absent.
+template <class Real> struct Tensors {
+    const Real *q, *k, *v, *beta, *state, *z;  // [B, T, H, size], same, [B, T, H, V], [B, T, H], [B, H, K, V], [B, H, K]
+    Real *o, *errors, *scale;                  // [B, T, H, V]: outputs, v - W^T k before each write; [B, T, H]: z . q + eps
+    Real *last, *last_z;
+    const Real *grad_o, *grad_last, *grad_last_z;
+    Real *grad_q, *grad_k, *grad_v, *grad_beta, *grad_state, *grad_z;
+};
+
+// One head on its way through time: the rows that every sweep reads.
+template <class Real, bool DELTA, bool READS> struct Head {
+    using Num = typename Lanes<Real>::type;
+    const Problem &p;
+    const Tensors<Real> &x;
+    const int64_t T, K, V, key_blocks, value_blocks;
+    int64_t index = 0;
+    FeatureRows<Real> key, query;
+    Rows<const Real> value{}, beta{};
+    Buffer<Real> z;
+
+    Head(const Problem &problem, const Tensors<Real> &tensors)
+        : p(problem), x(tensors), T(p.steps), K(p.keys), V(p.values), key_blocks(blocks_of(K)), value_blocks(blocks_of(V)),
+          key(p.phi(p.key_eps)), query(p.phi(p.query_eps)), z(p.normalise_readout ? K : 0) {}
+
+    template <class R> Rows<R> rows(R *tensor, int64_t size) const {
+        const int64_t b = index / p.heads, h = index % p.heads;
+        return {tensor + (b * T * p.heads + h) * size, p.heads * size, size, -1};
+    }
+    void attach(int64_t i) {
+        index = i;
+        key.attach(rows(x.k, p.size));
+        query.attach(rows(x.q, p.size));
+        value = rows(x.v, V);
+        beta = rows(x.beta, 1);
+    }
+    Real strength(int64_t t) const { return DELTA ? *beta(t) : Real(1); }
+
+    // a [K, V] matrix of this head, values in the lanes: block c of row i at [c K + i]
+    void load_columns(const Real *matrices, Num *columns) const {
+        for (int64_t c = 0; c < value_blocks; ++c)
+            for (int64_t i = 0; i < K; ++i)
+                columns[c * K + i] = matrices ? load<Real>(entry(matrices, i, c), V - c * LANES) : Num{};
+    }
+    void store_columns(const Num *columns, Real *matrices) const {
+        for (int64_t c = 0; c < value_blocks; ++c)
+            for (int64_t i = 0; i < K; ++i) store<Real>(entry(matrices, i, c), columns[c * K + i], V - c * LANES);
+    }
+    template <class R> R *entry(R *matrices, int64_t i, int64_t c) const {
+        return matrices + index * p.cells() + i * V + c * LANES;
+    }
+    // the same with keys in the lanes: block c of column j at [c V + j]
+    void load_rows(const Real *matrices, Num *rows) const {
+        std::fill(rows, rows + key_blocks * V, Num{});
+        if (!matrices) return;
+        for (int64_t i = 0; i < K; ++i)
+            for (int64_t j = 0; j < V; ++j)
+                rows[i / LANES * V + j][i % LANES] = matrices[index * p.cells() + i * V + j];
+    }
+    void load_normaliser(const Real *vectors) const {
+        if (!p.normalise_readout) return;
+        std::fill(z.numbers(), z.numbers() + K, Real(0));
+        if (vectors) std::copy(vectors + index * K, vectors + (index + 1) * K, z.numbers());
+    }
+    void store_normaliser(Real *vectors) const {
+        if (p.normalise_readout) std::copy(z.numbers(), z.numbers() + K, vectors + index * K);
+    }
+    // two steps before a pass compute the rows it needs, all heads the first half before any the second
+    void prepare_features(int64_t t, FeatureRows<Real> &rows) const {
+        for (int64_t s = t; s < std::min(t + STEPS, T); ++s) rows.prepare(s);
+    }
+    void compute_features(int64_t t, FeatureRows<Real> &rows) const {
+        for (int64_t s = t; s < std::min(t + STEPS, T); ++s) rows.compute(s);
+    }
+    template <class... R> inline __attribute__((always_inline)) void fetch(int64_t t, const R &...rows) const {
+        for (int64_t s = t; s < t + STEPS; ++s)
+            if (s >= 0 && s < T) (rows.fetch(s), ...);
+    }
+};
+
+// The forward pass.
+template <class Real, bool DELTA, bool READS> struct Writing : Head<Real, DELTA, READS> {
+    using Base = Head<Real, DELTA, READS>;
+    using Num = typename Base::Num;
+    using Base::key, Base::query, Base::value, Base::p, Base::x, Base::K, Base::V, Base::T, Base::z;
+    Rows<Real> output{}, error{}, scale{};
+    Buffer<Real> memory, retrieved;
+
+    static int64_t bytes(const Problem &p) { return blocks_of(p.values) * p.keys * sizeof(Num); }
+    Writing(const Problem &problem, const Tensors<Real> &tensors)
+        : Base(problem, tensors), memory(this->value_blocks * K * LANES), retrieved(this->value_blocks * STEPS * LANES) {}
+
+    void attach(int64_t i) {
+        Base::attach(i);
+        output = this->rows(x.o, V);
+        error = this->rows(x.errors, V);
+        scale = this->rows(x.scale, 1);
+        this->load_columns(x.state, memory.vectors());
+        this->load_normaliser(x.z);
+        this->prepare_features(0, key);
+        this->compute_features(0, key);
+        std::fill(retrieved.vectors(), retrieved.vectors() + this->value_blocks * STEPS, Num{});
+        if (!DELTA || !x.state || T == 0) return;
+        const Real *next[STEPS] = {key(0), key(T > 1)};
+        for (int64_t c = 0; c < this->value_blocks; ++c) {
+            Num *r = retrieved.vectors() + c * STEPS;
+            write_and_read<0, STEPS, false>(memory.vectors() + c * K, K, next, next, next, r, r, r);
+        }
+    }
+    void prepare(int64_t t) {
+        this->prepare_features(t + STEPS, key);
+        if (READS) this->prepare_features(t, query);
+    }
+    void compute(int64_t t) {
+        this->compute_features(t + STEPS, key);
+        if (READS) this->compute_features(t, query);
+    }
+    void step(int64_t t) {
+        fetch_rows(t + AHEAD);
+        const int64_t left = T - t;
+        if (left >= 4)
+            write<2, 2>(t);
+        else if (left == 3)
+            write<2, 1>(t);
+        else if (left == 2)
+            write<2, 0>(t);
+        else
+            write<1, 0>(t);
+    }
+    inline __attribute__((always_inline)) void fetch_rows(int64_t t) const {
+        this->fetch(t, key, value);
+        if (READS) this->fetch(t, query, output);
+        if (DELTA && x.errors) this->fetch(t, error);
+    }
+    template <int N, int NEXT> void write(int64_t t) {
+        // all in variables of its own: the compiler cannot know that what is stored below changes nothing else
+        const int64_t n_keys = K, n_values = V, blocks = this->value_blocks;
+        const bool keeps = x.errors;
+        const Real *k[N], *q[N], *next[STEPS], *v[N];
+        Real *o[N], *errors[N], overlap[N][N] = {}, strength[N], share[N];
+        for (int s = 0; s < N; ++s) {
+            k[s] = key(t + s);
+            q[s] = READS ? query(t + s) : k[s];
+            v[s] = value(t + s);
+            o[s] = output(t + s);
+            errors[s] = error(t + s);
+            strength[s] = this->strength(t + s);
+            share[s] = p.normalise_readout ? 1 / accumulate(t + s) : Real(1);
+        }
+        for (int s = 0; s < NEXT; ++s) next[s] = key(t + N + s);
+        if (DELTA && N > 1) overlap[N - 1][0] = dot(k[0], k[N - 1], n_keys);
+        Num *W = memory.vectors(), *ahead = retrieved.vectors();
+        for (int64_t c = 0; c < blocks; ++c, W += n_keys, ahead += STEPS) {
+            const int64_t from = c * LANES, left = n_values - from;
+            Num values[N], e[N], u[N], read[N];
+            for (int s = 0; s < N; ++s) {
+                u[s] = values[s] = load<Real>(v[s] + from, left);
+                read[s] = Num{};
+            }
+            if (DELTA) {
+                corrected_values<N>(values, ahead, strength, overlap, e, u);
+                if (keeps)
+                    for (int s = 0; s < N; ++s) store<Real>(errors[s] + from, e[s], left);
+            }
+            Num after[STEPS] = {};
+            write_and_read<N, DELTA ? NEXT : 0, READS>(W, n_keys, k, q, next, u, read, after);
+            for (int s = 0; s < NEXT; ++s) ahead[s] = after[s];
+            for (int s = 0; s < N; ++s)
+                if (READS) store<Real>(o[s] + from, read[s] * share[s], left);
+        }
+    }
+    // z of one step, and what its read-out is divided by
+    Real accumulate(int64_t t) {
+        Num *sums = z.vectors();
+        Num total{};
+        for (int64_t c = 0; c < this->key_blocks; ++c) {
+            sums[c] += load<Real>(key(t) + c * LANES, K - c * LANES);
+            if (READS) total += sums[c] * load<Real>(query(t) + c * LANES, K - c * LANES);
+        }
+        return READS ? *scale(t) = sum_lanes<Real>(total) + Real(p.readout_eps) : Real(1);
+    }
+    void finish() const {
+        this->store_columns(memory.vectors(), x.last);
+        this->store_normaliser(x.last_z);
+    }
+};
+
+// What both sweeps of the backward pass read: the gradient of the unnormalised read-out and of what it was divided by.
+template <class Real, bool DELTA, bool READS> struct Backward : Head<Real, DELTA, READS> {
+    using Base = Head<Real, DELTA, READS>;
+    using Num = typename Base::Num;
+    using Base::key, Base::query, Base::value, Base::p, Base::x, Base::K, Base::V, Base::T;
+    Rows<Real> grad_k{}, grad_v{};
+    Rows<const Real> grad_o{}, grad{}, output{}, scale{}, error{};
+    Buffer<Real> ring, features;
+    Real grad_scale[RING] = {};
+
+    Backward(const Problem &problem, const Tensors<Real> &tensors)
+        : Base(problem, tensors), ring(p.normalise_readout ? RING * padded(V) : 0), features(padded(K) * 2 * STEPS) {}
+    void attach(int64_t i) {
+        Base::attach(i);
+        grad_k = this->rows(x.grad_k, p.size);
+        grad_v = this->rows(x.grad_v, V);
+        grad_o = grad = this->rows(x.grad_o, V);
+        output = this->rows(static_cast<const Real *>(x.o), V);
+        scale = this->rows(static_cast<const Real *>(x.scale), 1);
+        error = DELTA ? this->rows(static_cast<const Real *>(x.errors), V) : value;
+        if (p.normalise_readout) grad = {ring.numbers(), padded(V), V, RING - 1};
+    }
+    void prepare(int64_t t) {
+        this->prepare_features(t, key);
+        if (READS) this->prepare_features(t, query);
+    }
+    void compute(int64_t t) {
+        this->compute_features(t, key);
+        if (!READS) return;
+        this->compute_features(t, query);
+        if (p.normalise_readout)
+            for (int64_t s = t; s < std::min(t + STEPS, T); ++s) divide(s);
+    }
+    // o = read / scale: the gradients of both
+    void divide(int64_t t) {
+        const Real share = 1 / *scale(t);
+        Num total{};
+        for (int64_t c = 0; c < V; c += LANES) {
+            const Num g = load<Real>(grad_o(t) + c, V - c) * share;
+            total += g * load<Real>(output(t) + c, V - c);
+            store<Real>(const_cast<Real *>(grad(t)) + c, g, LANES);
+        }
+        grad_scale[t & (RING - 1)] = -sum_lanes<Real>(total);
+    }
+    // A block of the gradient of a step's features: kept in a slot until all are there, or written at once where there is
+    // no map.
+    template <bool ADD> void give_features(int64_t t, int slot, int64_t c, Num x, const Rows<Real> &to) {
+        if (p.phi(0).computes()) {
+            features.vectors()[slot * this->key_blocks + c] = x;
+            return;
+        }
+        const int64_t from = c * LANES, left = K - from;
+        if (ADD) x += load<Real>(to(t) + from, left);
+        store<Real>(to(t) + from, x, left);
+    }
+    template <bool ADD> void give_inputs(int64_t t, int slot, FeatureRows<Real> &rows, const Rows<Real> &to) {
+        if (p.phi(0).computes()) rows.template pull_back<ADD>(t, features.vectors() + slot * this->key_blocks, to(t));
+    }
+    Num block(const Real *row, int64_t c) const { return load<Real>(row + c * LANES, K - c * LANES); }
+};
+
+// Backward in time: D = dL/dW. Gradients of v and beta with values in the lanes, then, with keys in the lanes, what the
+// writes give their keys.
+template <class Real, bool DELTA, bool READS> struct Receiving : Backward<Real, DELTA, READS> {
+    using Base = Backward<Real, DELTA, READS>;
+    using Num = typename Base::Num;
+    using Base::key, Base::query, Base::p, Base::x, Base::K, Base::V, Base::T, Base::z;
+    using Base::grad, Base::grad_k, Base::grad_v, Base::error;
+    Rows<Real> grad_beta{};
+    Buffer<Real> columns, by_keys, lost;
+
+    static int64_t bytes(const Problem &p) {
+        return (blocks_of(p.values) * p.keys + blocks_of(p.keys) * p.values) * sizeof(Num);
+    }
+    Receiving(const Problem &problem, const Tensors<Real> &tensors)
+        : Base(problem, tensors), columns(this->value_blocks * K * LANES), by_keys(this->key_blocks * V * LANES),
+          lost(this->value_blocks * STEPS * LANES) {}
+    void attach(int64_t i) {
+        Base::attach(i);
+        grad_beta = this->rows(x.grad_beta, 1);
+        this->load_columns(x.grad_last, columns.vectors());
+        this->load_rows(x.grad_last, by_keys.vectors());
+        this->load_normaliser(x.grad_last_z);
+    }
+    void step(int64_t t) {
+        fetch_rows(t - AHEAD);
+        const int64_t left = T - t;
+        if (left >= 4)
+            receive<2, 2>(t);
+        else if (left == 3)
+            receive<1, 2>(t);
+        else if (left == 2)
+            receive<0, 2>(t);
+        else
+            receive<0, 1>(t);
+    }
+    inline __attribute__((always_inline)) void fetch_rows(int64_t t) const {
+        this->fetch(t, key, error, grad_k, grad_v);
+        if (READS) this->fetch(t, query, this->grad_o);
+    }
+    template <int PENDING, int N> void receive(int64_t t) {
+        // as in the forward pass: variables of its own
+        const int64_t n_values = V, blocks = this->key_blocks;
+        const Real *k[N], *q[N], *later[STEPS], *e[N], *g[N], *r[N];
+        Real strength[N];
+        for (int s = 0; s < N; ++s) {
+            k[s] = key(t + s);
+            q[s] = READS ? query(t + s) : k[s];
+            e[s] = error(t + s);
+            g[s] = READS ? grad(t + s) : e[s];
+            r[s] = grad_v(t + s);
+            strength[s] = this->strength(t + s);
+        }
+        for (int s = 0; s < PENDING; ++s) later[s] = key(t + N + s);
+        receive_by_value<PENDING, N>(t, k, q, later, e, g, strength);
+        Num *D = by_keys.vectors();
+        for (int64_t c = 0; c < blocks; ++c, D += n_values) {
+            Num keys[N], queries[N], gain[N] = {};
+            for (int s = 0; s < N; ++s) {
+                keys[s] = this->block(k[s], c);
+                queries[s] = this->block(q[s], c);
+            }
+            receive_keys<N, DELTA, READS>(D, n_values, e, r, g, keys, queries, gain);
+            for (int s = N - 1; s >= 0; --s) {
+                gain[s] = gain[s] * strength[s];
+                if (p.normalise_readout) gain[s] += accumulate(t + s, c, queries[s]);
+                this->template give_features<false>(t + s, s, c, gain[s], grad_k);
+            }
+        }
+        for (int s = 0; s < N; ++s) this->template give_inputs<false>(t + s, s, key, grad_k);
+    }
+    template <int PENDING, int N>
+    inline __attribute__((always_inline)) void receive_by_value(int64_t t, const Real **k, const Real **q, const Real **later,
+                                                                const Real **e, const Real **g, const Real *strength) {
+        const int64_t n_keys = K, n_values = V, blocks = this->value_blocks;
+        Real overlap[N][N] = {}, *r[N];
+        Num along[N] = {}, *D = columns.vectors(), *removed = lost.vectors();
+        for (int s = 0; s < N; ++s) r[s] = grad_v(t + s);
+        if (DELTA && N > 1) overlap[N - 1][0] = dot(k[0], k[N - 1], n_keys);
+        for (int64_t c = 0; c < blocks; ++c, D += n_keys, removed += STEPS) {
+            const int64_t from = c * LANES, left = n_values - from;
+            Num grads[N], received[N] = {}, loses[STEPS];
+            for (int s = 0; s < PENDING; ++s) loses[s] = removed[s];
+            for (int s = 0; s < N; ++s) grads[s] = load<Real>(g[s] + from, left);
+            receive_values<DELTA ? PENDING : 0, N, READS>(D, n_keys, later, loses, k, q, grads, received);
+            if (DELTA) removed_values<N>(strength, overlap, received, loses);
+            for (int s = 0; s < N; ++s) {
+                if (DELTA) along[s] += received[s] * load<Real>(e[s] + from, left);
+                if (DELTA) removed[s] = loses[s];
+                store<Real>(r[s] + from, DELTA ? loses[s] : received[s], left);
+            }
+        }
+        for (int s = 0; s < N; ++s)
+            if (DELTA) *grad_beta(t + s) = sum_lanes<Real>(along[s]);
+    }
+    // dL/dz, a block of it, which this read adds to and this write's key then receives
+    Num accumulate(int64_t t, int64_t c, Num query) const {
+        Num *sums = z.vectors() + c;
+        if (READS) *sums += query * this->grad_scale[t & (RING - 1)];
+        return *sums;
+    }
+    void finish() {
+        if (x.grad_z) this->store_normaliser(x.grad_z);
+        if (!x.grad_state) return;
+        if (DELTA && T > 0) {
+            const Real *later[STEPS] = {key(0), key(T > 1)};
+            for (int64_t c = 0; c < this->value_blocks; ++c) {
+                Num *removed = lost.vectors() + c * STEPS;
+                if (T > 1)
+                    receive_values<2, 0, false>(columns.vectors() + c * K, K, later, removed, later, later, removed, removed);
+                else
+                    receive_values<1, 0, false>(columns.vectors() + c * K, K, later, removed, later, later, removed, removed);
+            }
+        }
+        this->store_columns(columns.vectors(), x.grad_state);
+    }
+};
+
+// Forward in time with keys in the lanes: the memory is written again. Gradients of queries, and what the delta rule's
+// removals cost the keys. grad_v holds what each write removed.
+template <class Real, bool DELTA, bool READS> struct Rewriting : Backward<Real, DELTA, READS> {
+    using Base = Backward<Real, DELTA, READS>;
+    using Num = typename Base::Num;
+    using Base::key, Base::query, Base::p, Base::x, Base::K, Base::V, Base::T, Base::z;
+    using Base::grad, Base::grad_k, Base::grad_v, Base::error;
+    Rows<Real> grad_q{};
+    Buffer<Real> memory;
+
+    static int64_t bytes(const Problem &p) { return blocks_of(p.keys) * p.values * sizeof(Num); }
+    Rewriting(const Problem &problem, const Tensors<Real> &tensors)
+        : Base(problem, tensors), memory(this->key_blocks * V * LANES) {}
+    void attach(int64_t i) {
+        Base::attach(i);
+        grad_q = this->rows(x.grad_q, p.size);
+        this->load_rows(x.state, memory.vectors());
+        this->load_normaliser(x.z);
+    }
+    void step(int64_t t) {
+        fetch_rows(t + AHEAD);
+        T - t >= 2 ? write<2>(t) : write<1>(t);
+    }
+    inline __attribute__((always_inline)) void fetch_rows(int64_t t) const {
+        this->fetch(t, key, error);
+        if (READS) this->fetch(t, this->grad_o, grad_q);
+        if (DELTA) this->fetch(t, grad_k, grad_v);
+    }
+    template <int N> void write(int64_t t) {
+        const Real *k[N], *e[N], *g[N], *r[N];
+        Real strength[N];
+        for (int s = 0; s < N; ++s) {
+            k[s] = key(t + s);
+            strength[s] = this->strength(t + s);
+            e[s] = error(t + s);
+            g[s] = READS ? grad(t + s) : e[s];
+            r[s] = grad_v(t + s);
+        }
+        const int64_t n_values = V, blocks = this->key_blocks;
+        Num *W = memory.vectors();
+        for (int64_t c = 0; c < blocks; ++c, W += n_values) {
+            Num writes[N], loss[N] = {}, queries[N] = {};
+            for (int s = 0; s < N; ++s) writes[s] = this->block(k[s], c) * strength[s];
+            read_keys<N, DELTA, READS>(W, n_values, e, r, g, writes, loss, queries);
+            for (int s = 0; s < N; ++s) {
+                if (READS && p.normalise_readout) queries[s] += accumulate(t + s, c);
+                if (READS) this->template give_features<false>(t + s, s, c, queries[s], grad_q);
+                if (DELTA) this->template give_features<true>(t + s, STEPS + s, c, -loss[s], grad_k);
+            }
+        }
+        for (int s = 0; s < N; ++s) {
+            if (READS) this->template give_inputs<false>(t + s, s, query, grad_q);
+            if (DELTA) this->template give_inputs<true>(t + s, STEPS + s, key, grad_k);
+        }
+    }
+    // a block of z, which this write's key is added to, times the gradient of z . q
+    Num accumulate(int64_t t, int64_t c) const {
+        Num *sums = z.vectors() + c;
+        *sums += this->block(key(t), c);
+        return *sums * this->grad_scale[t & (RING - 1)];
+    }
+    void finish() const {}
+};
+
+// Take the heads first .. last of a sequence through time, forward or backward.
+template <class Sweep>
+void pass_through_time(const Problem &p, std::vector<Sweep> &heads, int64_t first, int64_t last, bool forward) {
+    const int64_t n = last - first, passes = (p.steps + STEPS - 1) / STEPS;
+    for (int64_t i = 0; i < n; ++i) heads[i].attach(first + i);
+    const bool computes = p.phi(0).computes() || p.normalise_readout;
+    for (int64_t pass = 0; pass < passes; ++pass) {
+        const int64_t t = (forward ? pass : passes - 1 - pass) * STEPS;
+        if (computes) {
+            for (int64_t i = 0; i < n; ++i) heads[i].prepare(t);
+            for (int64_t i = 0; i < n; ++i) heads[i].compute(t);
+        }
+        for (int64_t i = 0; i < n; ++i) heads[i].step(t);
+    }
+    for (int64_t i = 0; i < n; ++i) heads[i].finish();
+}
+
+template <class Sweep, class Real> std::vector<Sweep> heads_of(const Problem &p, const Tensors<Real> &x, int64_t n) {
+    std::vector<Sweep> heads;
+    heads.reserve(n);
+    for (int64_t i = 0; i < n; ++i) heads.emplace_back(p, x);
+    return heads;
+}
+
+// make(n) gives a thread what it needs for n heads, a function of the first and the last. As many heads of a sequence go
+// together as stay in the cache, but no more than leave every thread some. Heads are independent: any number of threads
+// gives the same numbers.
+template <class F> void for_each_group(const Problem &p, int64_t bytes_per_head, F make) {
+    const int64_t fitting = GROUP_BYTES / std::max<int64_t>(bytes_per_head, 1);
+    const int64_t share = (p.batch * p.heads + p.threads - 1) / p.threads;
+    const int64_t group = std::max<int64_t>(1, std::min({fitting, share, p.heads}));
+    const int64_t per_sequence = (p.heads + group - 1) / group;
+#pragma omp parallel num_threads(p.threads)
+    {
+        auto take = make(group);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < p.batch * per_sequence; ++i) {
+            const int64_t start = i / per_sequence * p.heads, first = i % per_sequence * group;
+            take(start + first, start + std::min(first + group, p.heads));
+        }
+    }
+}
+
+template <class Real, bool DELTA, bool READS> void forward(const Problem &p, const Tensors<Real> &x) {
+    using Sweep = Writing<Real, DELTA, READS>;
+    for_each_group(p, Sweep::bytes(p), [&](int64_t n) {
+        return [&p, heads = heads_of<Sweep>(p, x, n)](int64_t first, int64_t last) mutable {
+            pass_through_time(p, heads, first, last, true);
+        };
+    });
+}
+
+template <class Real, bool DELTA, bool READS> void backward(const Problem &p, const Tensors<Real> &x) {
+    using Back = Receiving<Real, DELTA, READS>;
+    using Forth = Rewriting<Real, DELTA, READS>;
+    for_each_group(p, Back::bytes(p), [&](int64_t n) {
+        return [&p, back = heads_of<Back>(p, x, n), forth = heads_of<Forth>(p, x, n)](int64_t first, int64_t last) mutable {
+            pass_through_time(p, back, first, last, false);
+            // a sum rule that only writes gives its keys nothing else
+            if (DELTA || READS) pass_through_time(p, forth, first, last, true);
+        };
+    });
+}
+
+template <class Real> void forward(const Problem &p, const Tensors<Real> &x) {
+    if (p.delta)
+        x.q ? forward<Real, true, true>(p, x) : forward<Real, true, false>(p, x);
     else
-        std::memcpy(&out, from, n * sizeof(Real));
-    return out;
-}
-template <class Real> inline void store(Real *to, typename Lanes<Real>::type x, int64_t n) {
-    std::memcpy(to, &x, std::min<int64_t>(n, LANES) * sizeof(Real));
-}
-template <class Real> inline Real sum_lanes(typename Lanes<Real>::type x) {
-    Real total = 0;
-    for (int l = 0; l < LANES; ++l) total += x[l];
-    return total;
+        x.q ? forward<Real, false, true>(p, x) : forward<Real, false, false>(p, x);
 }
 
-// N blocks of lanes: columns c .. c + 16 N of a row, so that a broadcast number serves N multiply-adds.
-template <class Real, int N> struct Block {
-    using V = typename Lanes<Real>::type;
-    V lanes[N];
-
-    static Block zero() {
-        Block out;
-        for (int i = 0; i < N; ++i) out.lanes[i] = V{};
-        return out;
-    }
-    static Block from(const Real *row, int64_t c, int64_t size) {
-        Block out = zero();
-        for (int i = 0; i < N; ++i)
-            if (c + i * LANES < size) out.lanes[i] = load<Real>(row + c + i * LANES, size - c - i * LANES);
-        return out;
-    }
-    void to(Real *row, int64_t c, int64_t size) const {
-        for (int i = 0; i < N; ++i)
-            if (c + i * LANES < size) store<Real>(row + c + i * LANES, lanes[i], size - c - i * LANES);
-    }
-    inline void add(Real scale, const Block &x) {
-        for (int i = 0; i < N; ++i) lanes[i] += scale * x.lanes[i];
-    }
-    Block operator*(Real scale) const {
-        Block out;
-        for (int i = 0; i < N; ++i) out.lanes[i] = scale * lanes[i];
-        return out;
-    }
-    Block operator-(const Block &x) const {
-        Block out;
-        for (int i = 0; i < N; ++i) out.lanes[i] = lanes[i] - x.lanes[i];
-        return out;
-    }
-    Real dot(const Block &x) const {
-        V total{};
-        for (int i = 0; i < N; ++i) total += lanes[i] * x.lanes[i];
-        return sum_lanes<Real>(total);
-    }
-};
-
-// One head, N blocks of lanes at a time. Every step is one pass over the rows of the memory.
-template <class Real, int N> struct Head {
-    using B = Block<Real, N>;
-    const Problem<Real> &p;
-    int64_t index, b, h;
-
-    Head(const Problem<Real> &problem, int64_t i) : p(problem), index(i), b(i / problem.heads), h(i % problem.heads) {}
-
-    int64_t row(int64_t t) const { return (b * p.steps + t) * p.heads + h; }
-    const Real *q(int64_t t) const { return p.q + row(t) * p.keys; }
-    const Real *k(int64_t t) const { return p.k + row(t) * p.keys; }
-    const Real *v(int64_t t) const { return p.v + row(t) * p.values; }
-    Real beta(int64_t t) const { return p.delta ? p.beta[row(t)] : Real(1); }
-
-    // errors [B, T, H, V]: v - W^T k before each write; checkpoints [B, H, n, K, V]: W after each interval
-    void forward(Real *o, Real *errors, Real *last, Real *checkpoints, B *W) const {
-        // constants of their own: the compiler cannot know that stores leave p alone
-        const int64_t K = p.keys;
-        const bool delta = p.delta, reads = p.q != nullptr;
-        for (int64_t c = 0; c < p.values; c += N * LANES) {
-            B retrieved = B::zero();
-            for (int64_t i = 0; i < K; ++i) {
-                W[i] = p.state ? B::from(p.state + index * p.cells() + i * p.values, c, p.values) : B::zero();
-                if (delta && p.steps > 0) retrieved.add(k(0)[i], W[i]);
-            }
-            for (int64_t t = 0; t < p.steps; ++t) {
-                B u = B::from(v(t), c, p.values);
-                if (delta) {
-                    u = u - retrieved;
-                    u.to(errors + row(t) * p.values, c, p.values);
-                    u = u * beta(t);
-                }
-                // this write, this read and what the next write will retrieve, in one pass
-                const Real *key = k(t), *query = reads ? q(t) : key, *next = t + 1 < p.steps ? k(t + 1) : key;
-                B read = B::zero();
-                retrieved = B::zero();
-                for (int64_t i = 0; i < K; ++i) {
-                    B w = W[i];
-                    w.add(key[i], u);
-                    read.add(query[i], w);
-                    if (delta) retrieved.add(next[i], w);
-                    W[i] = w;
-                }
-                if (reads) read.to(o + row(t) * p.values, c, p.values);
-                if ((t + 1) % p.interval == 0) {
-                    Real *kept = checkpoints + (index * p.checkpoints() + t / p.interval) * p.cells();
-                    for (int64_t i = 0; i < K; ++i) W[i].to(kept + i * p.values, c, p.values);
-                }
-            }
-            for (int64_t i = 0; i < K; ++i) W[i].to(last + index * p.cells() + i * p.values, c, p.values);
-        }
-    }
-
-    // values in the lanes: grad_v, grad_beta, and for the second pass removed = beta r [B, T, H, V]; the last G is dL/dW_0
-    void backward_values(const Real *errors, const Real *grad_o, const Real *grad_last, Real *grad_v, Real *grad_beta,
-                         Real *removed, Real *grad_state, B *G) const {
-        const int64_t K = p.keys;
-        const bool delta = p.delta, reads = p.q != nullptr;
-        for (int64_t c = 0; c < p.values; c += N * LANES) {
-            for (int64_t i = 0; i < K; ++i) G[i] = B::from(grad_last + index * p.cells() + i * p.values, c, p.values);
-            B lost = B::zero();
-            for (int64_t t = p.steps - 1; t >= 0; --t) {
-                // what the write after this one removed, this read and what this write receives, in one pass
-                const Real *key = k(t), *query = reads ? q(t) : key, *after = t + 1 < p.steps ? k(t + 1) : key;
-                const B g = reads ? B::from(grad_o + row(t) * p.values, c, p.values) : B::zero();
-                B r = B::zero();
-                for (int64_t i = 0; i < K; ++i) {
-                    B x = G[i];
-                    if (delta) x.add(-after[i], lost);
-                    x.add(query[i], g);
-                    r.add(key[i], x);
-                    G[i] = x;
-                }
-                if (delta) {
-                    grad_beta[row(t)] += B::from(errors + row(t) * p.values, c, p.values).dot(r);
-                    lost = r * beta(t);
-                    lost.to(removed + row(t) * p.values, c, p.values);
-                    r = lost;
-                }
-                r.to(grad_v + row(t) * p.values, c, p.values);
-            }
-            for (int64_t i = 0; i < K; ++i) {
-                if (delta && p.steps > 0) G[i].add(-k(0)[i], lost);
-                G[i].to(grad_state + index * p.cells() + i * p.values, c, p.values);
-            }
-        }
-    }
-
-    // keys in the lanes: grad_q and grad_k; G [V] rows, memories [interval + 1, V] rows
-    void backward_keys(const Real *errors, const Real *removed, const Real *grad_o, const Real *grad_last,
-                       const Real *checkpoints, Real *grad_q, Real *grad_k, B *G, B *memories) const {
-        const int64_t V = p.values;
-        const bool delta = p.delta, reads = p.q != nullptr;
-        for (int64_t c = 0; c < p.keys; c += N * LANES) {
-            load_columns(grad_last + index * p.cells(), c, G);
-            for (int64_t end = p.steps; end > 0;) {
-                const int64_t begin = (end - 1) / p.interval * p.interval;
-                write_again(errors, checkpoints, c, begin, end, memories);
-                for (int64_t t = end - 1; t >= begin; --t) {
-                    const B *before = memories + (t - begin) * V, *after = before + V;
-                    const B key = B::from(k(t), c, p.keys), query = reads ? B::from(q(t), c, p.keys) : B::zero();
-                    const Real *e = (delta ? errors : p.v) + row(t) * V;
-                    const Real *g = reads ? grad_o + row(t) * V : e, *lost = delta ? removed + row(t) * V : e;
-                    B read = B::zero(), gain = B::zero(), loss = B::zero();
-                    for (int64_t j = 0; j < V; ++j) {
-                        B x = G[j];
-                        x.add(g[j], query);
-                        gain.add(e[j], x);
-                        if (reads) read.add(g[j], after[j]);
-                        if (delta) {
-                            loss.add(lost[j], before[j]);
-                            x.add(-lost[j], key);
-                        }
-                        G[j] = x;
-                    }
-                    if (reads) read.to(grad_q + row(t) * p.keys, c, p.keys);
-                    (gain * beta(t) - loss).to(grad_k + row(t) * p.keys, c, p.keys);
-                }
-                end = begin;
-            }
-        }
-    }
-    // the memories before `begin` and after each step of an interval, written again from what was kept
-    void write_again(const Real *errors, const Real *checkpoints, int64_t c, int64_t begin, int64_t end, B *memories) const {
-        const int64_t V = p.values, interval = begin / p.interval;
-        if (interval > 0)
-            load_columns(checkpoints + (index * p.checkpoints() + interval - 1) * p.cells(), c, memories);
-        else if (p.state)
-            load_columns(p.state + index * p.cells(), c, memories);
-        else
-            std::fill(memories, memories + V, B::zero());
-        for (int64_t t = begin; t < end; ++t) {
-            const B *before = memories + (t - begin) * V;
-            B *after = memories + (t - begin + 1) * V;
-            const B key = B::from(k(t), c, p.keys) * beta(t);
-            const Real *u = (p.delta ? errors : p.v) + row(t) * V;
-            for (int64_t j = 0; j < V; ++j) {
-                B w = before[j];
-                w.add(u[j], key);
-                after[j] = w;
-            }
-        }
-    }
-    // rows[v] = a block of entries of column v of a [K, V] matrix
-    void load_columns(const Real *matrix, int64_t c, B *rows) const {
-        const int64_t n = std::min<int64_t>(N * LANES, p.keys - c);
-        for (int64_t j = 0; j < p.values; ++j) {
-            rows[j] = B::zero();
-            for (int64_t l = 0; l < n; ++l) rows[j].lanes[l / LANES][l % LANES] = matrix[(c + l) * p.values + j];
-        }
-    }
-};
-
-constexpr int WIDE = 2;
-
-template <class Real> int64_t scratch_vectors(const Problem<Real> &p) {
-    return WIDE * (std::max(p.keys, p.values) + (p.interval + 1) * p.values);
-}
-
-// f(head, scratch of its thread) for all heads; heads are independent, so any number of threads gives the same numbers
-template <class Real, class F> void for_each_head(const Problem<Real> &p, Real *scratch, F f) {
-    using V = typename Lanes<Real>::type;
-    const int64_t heads = p.batch * p.heads, per_thread = (heads + p.threads - 1) / p.threads;
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-    for (int64_t thread = 0; thread < p.threads; ++thread)
-        for (int64_t i = thread * per_thread; i < std::min(heads, (thread + 1) * per_thread); ++i)
-            f(i, reinterpret_cast<V *>(scratch) + thread * scratch_vectors(p));
-}
-
-template <class Real> void forward(const Problem<Real> &p, Real *o, Real *errors, Real *last, Real *checkpoints, Real *scratch) {
-    using V = typename Lanes<Real>::type;
-    for_each_head(p, scratch, [&](int64_t i, V *own) {
-        if (p.values > LANES)
-            Head<Real, WIDE>(p, i).forward(o, errors, last, checkpoints, reinterpret_cast<Block<Real, WIDE> *>(own));
-        else
-            Head<Real, 1>(p, i).forward(o, errors, last, checkpoints, reinterpret_cast<Block<Real, 1> *>(own));
-    });
-}
-
-template <class Real>
-void backward(const Problem<Real> &p, const Real *errors, const Real *checkpoints, const Real *grad_o, const Real *grad_last,
-              Real *removed, Real *grad_q, Real *grad_k, Real *grad_v, Real *grad_beta, Real *grad_state, Real *scratch) {
-    using V = typename Lanes<Real>::type;
-    using Narrow = Block<Real, 1>;
-    using Wide = Block<Real, WIDE>;
-    for_each_head(p, scratch, [&](int64_t i, V *own) {
-        if (p.values > LANES)
-            Head<Real, WIDE>(p, i).backward_values(errors, grad_o, grad_last, grad_v, grad_beta, removed, grad_state,
-                                                   reinterpret_cast<Wide *>(own));
-        else
-            Head<Real, 1>(p, i).backward_values(errors, grad_o, grad_last, grad_v, grad_beta, removed, grad_state,
-                                                reinterpret_cast<Narrow *>(own));
-        if (p.keys > LANES)
-            Head<Real, WIDE>(p, i).backward_keys(errors, removed, grad_o, grad_last, checkpoints, grad_q, grad_k,
-                                                 reinterpret_cast<Wide *>(own), reinterpret_cast<Wide *>(own) + p.values);
-        else
-            Head<Real, 1>(p, i).backward_keys(errors, removed, grad_o, grad_last, checkpoints, grad_q, grad_k,
-                                              reinterpret_cast<Narrow *>(own), reinterpret_cast<Narrow *>(own) + p.values);
-    });
+template <class Real> void backward(const Problem &p, const Tensors<Real> &x) {
+    if (p.delta)
+        x.q ? backward<Real, true, true>(p, x) : backward<Real, true, false>(p, x);
+    else
+        x.q ? backward<Real, false, true>(p, x) : backward<Real, false, false>(p, x);
 }
 
 }  // namespace
 
-#define FWP_RECURRENCE(REAL, SUFFIX)                                                                                    \
-    extern "C" void fwp_recurrence_forward_##SUFFIX(const Problem<REAL> *p, REAL *o, REAL *errors, REAL *last,          \
-                                                    REAL *checkpoints, REAL *scratch) {                                 \
-        forward<REAL>(*p, o, errors, last, checkpoints, scratch);                                                       \
-    }                                                                                                                   \
-    extern "C" void fwp_recurrence_backward_##SUFFIX(                                                                   \
-        const Problem<REAL> *p, const REAL *errors, const REAL *checkpoints, const REAL *grad_o, const REAL *grad_last, \
-        REAL *removed, REAL *grad_q, REAL *grad_k, REAL *grad_v, REAL *grad_beta, REAL *grad_state, REAL *scratch) {    \
-        backward<REAL>(*p, errors, checkpoints, grad_o, grad_last, removed, grad_q, grad_k, grad_v, grad_beta,          \
-                       grad_state, scratch);                                                                            \
-    }                                                                                                                   \
-    extern "C" int64_t fwp_recurrence_scratch_##SUFFIX(const Problem<REAL> *p) {                                        \
-        return p->threads * scratch_vectors(*p) * LANES;                                                                \
+#define FWP_RECURRENCE(REAL, SUFFIX)                                                                                      \
+    extern "C" void fwp_recurrence_forward_##SUFFIX(const Problem *p, const REAL *q, const REAL *k, const REAL *v,        \
+                                                    const REAL *beta, const REAL *state, const REAL *z, REAL *o,          \
+                                                    REAL *errors, REAL *scale, REAL *last, REAL *last_z) {                \
+        Tensors<REAL> x{};                                                                                                \
+        x.q = q, x.k = k, x.v = v, x.beta = beta, x.state = state, x.z = z;                                               \
+        x.o = o, x.errors = errors, x.scale = scale, x.last = last, x.last_z = last_z;                                    \
+        forward<REAL>(*p, x);                                                                                             \
+    }                                                                                                                     \
+    extern "C" void fwp_recurrence_backward_##SUFFIX(                                                                     \
+        const Problem *p, const REAL *q, const REAL *k, const REAL *v, const REAL *beta, const REAL *state,               \
+        const REAL *z, REAL *o, REAL *errors, REAL *scale, const REAL *grad_o, const REAL *grad_last,                     \
+        const REAL *grad_last_z, REAL *grad_q, REAL *grad_k, REAL *grad_v, REAL *grad_beta, REAL *grad_state,             \
+        REAL *grad_z) {                                                                                                   \
+        Tensors<REAL> x{q,       k,      v,         beta,        state,  z,      o,      errors,    scale,      nullptr,  \
+                        nullptr, grad_o, grad_last, grad_last_z, grad_q, grad_k, grad_v, grad_beta, grad_state, grad_z};  \
+        backward<REAL>(*p, x);                                                                                            \
     }
 
 FWP_RECURRENCE(float, float32)
