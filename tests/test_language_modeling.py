@@ -309,7 +309,7 @@ def test_an_untrained_model_is_as_perplexed_as_its_vocabulary_is_large() -> None
 
 
 def test_the_weights_of_the_best_validation_are_scored() -> None:
-    task = make_task(max_steps=60, lr=0.2)
+    task = make_task(max_steps=60, lr=0.5)
     data = make_data()
     curves = fit(task, data, check_val_every_n_epoch=1)
     best = min(curves.valid)

@@ -27,7 +27,7 @@ N_NAMES, N_THINGS, N_NOUNS, N_VERBS, N_MODIFIERS = 8, 12, 40, 20, 200
 N_PRESENT = 4
 LONGEST_DISTANCE = 10
 # of 20 lines
-QUESTIONS, GIFTS = 10, 7
+QUESTIONS, GIFTS = 12, 6
 
 
 def _made_up_words() -> Iterator[str]:
