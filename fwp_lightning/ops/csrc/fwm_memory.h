@@ -248,8 +248,9 @@ template <class Real> class FwmMemory {
         for (; j < n; ++j) sums[0] += row[j] * load_vector<Steps>(columns + j * C);
         return (sums[0] + sums[1]) + (sums[2] + sums[3]);
     }
-    // a block of columns of sum_i weight[i] row_i: n weights, rows and weights `direction` apart
-    template <class Block> static void combine_rows(typename Block::Vector *sum, const Real *weight, const Real *row, int64_t n, int64_t direction, int64_t pitch) {
+    // adds a block of columns of n weighted rows; the next row and weight are after (1) or before (-1) the last
+    template <class Block>
+    void combine_rows(typename Block::Vector *sum, const Real *weight, const Real *row, int64_t n, int64_t direction) const {
         for (int64_t m = 0; m < n; ++m, weight += direction, row += direction * pitch)
             for (int i = 0; i < Block::COUNT; ++i) sum[i] += *weight * load_vector<typename Block::Vector>(row + i * L);
     }
@@ -288,7 +289,8 @@ template <class Real> class FwmMemory {
     }
 
     // the error and U of step t of a chunk, and |W'|^2
-    void write(int64_t now, int64_t t, int64_t columns, Real scale, Real past, Steps open, const Real *R, const Real *A, Real *E) {
+    void write(int64_t now, int64_t t, int64_t columns, Real scale, Real past, Steps open, const Real *R, const Real *A,
+               Real *E) {
         Real weight[C];
         store_vector(weight, open * load_vector<Steps>(A));
         const Real beta = *s.beta[now], key_square = A[t];
@@ -298,7 +300,7 @@ template <class Real> class FwmMemory {
             using X = typename decltype(block)::Vector;
             X r[block.COUNT];
             for (int i = 0; i < block.COUNT; ++i) r[i] = past * load_vector<X>(R + j + i * L);
-            combine_rows<decltype(block)>(r, weight, U + j, t, 1, pitch);
+            combine_rows<decltype(block)>(r, weight, U + j, t, 1);
             for (int i = 0; i < block.COUNT; ++i) {
                 r[i] *= scale;
                 const X e = load_vector<X>(value + j + i * L) - r[i], u = beta * e;
@@ -326,7 +328,8 @@ template <class Real> class FwmMemory {
             weight[t] *= D[t];
             scale_row(O + t * pitch, D[t][0], columns);
             // what is to come has the weight 0, but may be NaN
-            multiply<false>(O + t * pitch, pitch, Real(1), Factor<Real>{numbers(weight + t), C, 1}, U, pitch, 1, columns, t + 1);
+            const Factor<Real> weights{numbers(weight + t), C, 1};
+            multiply<false>(O + t * pitch, pitch, Real(1), weights, U, pitch, 1, columns, t + 1);
             std::fill(O + t * pitch + columns, O + (t + 1) * pitch, Real(0));
             store_row(O + t * pitch, o[t0 + t]);
         }
@@ -386,7 +389,9 @@ template <class Real> class FwmMemory {
         const Real *other;
         int64_t row;
         Real scale;
-        template <class X> X operator()(X x, int64_t i, int64_t j, int) { return x + scale * load_vector<X>(other + i * row + j); }
+        template <class X> X operator()(X x, int64_t i, int64_t j, int) {
+            return x + scale * load_vector<X>(other + i * row + j);
+        }
     };
 
     // W holds the gradient of the memory after the chunk, without the chunk's own reads, and then of that before it.
@@ -397,7 +402,8 @@ template <class Real> class FwmMemory {
         transpose(E_T, C, C, E, pitch, n, columns);
         scales_and_strengths(t0, n);
         multiply<false>(Z, pitch, Real(0), keys_of(t0), W, pitch, n, columns, K);
-        for (int64_t t = 0; t < n; ++t) with_written[t] = strength[t] * total(products(Z + t * pitch, E + t * pitch, columns));
+        for (int64_t t = 0; t < n; ++t)
+            with_written[t] = strength[t] * total(products(Z + t * pitch, E + t * pitch, columns));
         if (!first_is_known) with_first = products(W, before[at], K * pitch);
         // weight[t][i] = D[i-1][t] A[t][i] for i > t
         transpose(numbers(weight), C, C, numbers(D_before), C, n, C);
@@ -476,7 +482,7 @@ template <class Real> class FwmMemory {
                 X x[block.COUNT];
                 for (int i = 0; i < block.COUNT; ++i) x[i] = load_vector<X>(z + j + i * L);
                 // the newest row last
-                combine_rows<decltype(block)>(x, weights + n - 1, Y + (n - 1) * pitch + j, n - 1 - t, -1, pitch);
+                combine_rows<decltype(block)>(x, weights + n - 1, Y + (n - 1) * pitch + j, n - 1 - t, -1);
                 for (int i = 0; i < block.COUNT; ++i) {
                     const int64_t at = j + i * L;
                     const X e = load_vector<X>(E + at), u = beta * e;
@@ -594,7 +600,9 @@ template <class Real> class FwmMemory {
 };
 
 // How many numbers `kept` holds.
-template <class Real> int64_t fwm_kept_numbers(const FwmSequence<Real> &s) { return FwmMemory<Real>(s, nullptr, nullptr).kept_numbers(); }
+template <class Real> int64_t fwm_kept_numbers(const FwmSequence<Real> &s) {
+    return FwmMemory<Real>(s, nullptr, nullptr).kept_numbers();
+}
 
 // How many numbers `scratch` holds, for either direction.
 template <class Real> int64_t fwm_scratch_numbers(const FwmSequence<Real> &s) {
@@ -607,7 +615,8 @@ template <class Real> void fwm_forward(const FwmSequence<Real> &s, const FwmOutp
 }
 
 // Returns the first step that any gradient reaches: those of the steps before it are zero.
-template <class Real> int64_t fwm_backward(const FwmSequence<Real> &s, const Real *kept, const FwmGradients<Real> &grad, Real *scratch) {
+template <class Real>
+int64_t fwm_backward(const FwmSequence<Real> &s, const Real *kept, const FwmGradients<Real> &grad, Real *scratch) {
     // backward() only reads it
     return FwmMemory<Real>(s, const_cast<Real *>(kept), scratch).backward(grad);
 }

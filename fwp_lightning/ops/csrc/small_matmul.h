@@ -30,7 +30,9 @@ template <class Real> using Narrow = typename VectorOf<Real, NARROW_BYTES>::type
 template <class Real> constexpr int FULL = REGISTER_BYTES / sizeof(Real);
 template <class Real> constexpr int NARROW = NARROW_BYTES / sizeof(Real);
 
-template <class Real> constexpr int64_t whole_vectors(int64_t n) { return (n + NARROW<Real> - 1) / NARROW<Real> * NARROW<Real>; }
+template <class Real> constexpr int64_t whole_vectors(int64_t n) {
+    return (n + NARROW<Real> - 1) / NARROW<Real> * NARROW<Real>;
+}
 
 template <class V, class Real> inline V load_vector(const Real *from) {
     V x;
@@ -135,8 +137,8 @@ inline void tile(Real *out, int64_t out_row, Real keep, Factor<Real> a, const Re
 }
 
 template <int M, bool UNIT_ROW, class Real, class Finish>
-inline int64_t tiles(Real *out, int64_t out_row, Real keep, Factor<Real> a, const Real *b, int64_t b_row, int64_t i, int64_t rows,
-                     int64_t columns, int64_t depth, Finish &finish) {
+inline int64_t tiles(Real *out, int64_t out_row, Real keep, Factor<Real> a, const Real *b, int64_t b_row, int64_t i,
+                     int64_t rows, int64_t columns, int64_t depth, Finish &finish) {
     for (; i + M <= rows; i += M)
         for_blocks<Real, TILE_VECTORS>(columns, [&](auto block, int64_t j) {
             tile<decltype(block), M, UNIT_ROW>(out, out_row, keep, a, b, b_row, depth, i, j, finish);
@@ -177,11 +179,13 @@ inline void transpose_block(double *out, int64_t out_row, const double *in, int6
 
 // out [columns, padded] = the transpose of in [rows, columns]; columns of out beyond `rows` become 0
 template <class Real>
-inline void transpose(Real *out, int64_t out_row, int64_t padded, const Real *in, int64_t in_row, int64_t rows, int64_t columns) {
+inline void transpose(Real *out, int64_t out_row, int64_t padded, const Real *in, int64_t in_row, int64_t rows,
+                      int64_t columns) {
     constexpr int N = 16 / sizeof(Real);  // N x N blocks in vectors of 16 bytes
     const int64_t whole_rows = rows / N * N, whole_columns = columns / N * N;
     for (int64_t c = 0; c < whole_columns; c += N)
-        for (int64_t r = 0; r < whole_rows; r += N) transpose_block(out + c * out_row + r, out_row, in + r * in_row + c, in_row);
+        for (int64_t r = 0; r < whole_rows; r += N)
+            transpose_block(out + c * out_row + r, out_row, in + r * in_row + c, in_row);
     for (int64_t c = 0; c < columns; ++c)
         for (int64_t r = c < whole_columns ? whole_rows : 0; r < padded; ++r)
             out[c * out_row + r] = r < rows ? in[r * in_row + c] : Real(0);
