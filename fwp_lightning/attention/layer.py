@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ class FastWeightMemory(nn.Module):
         self.d_key = d_key
         self.rule = RULES[config.rule]()
         self.feature_map = FEATURE_MAPS[config.feature_map](d_key, config)
+        self.fused = _fused_memory(config)
         if config.backend != "auto":
             reason = ops.why_not(config.backend, config.rule)
             if reason:
@@ -75,7 +77,10 @@ class FastWeightMemory(nn.Module):
         if causal:
             self._check_no_stabilizer_over_time("a causal read-out")
         self._start(state)
-        o, new_state = self._scan(self.query_features(q), self._written(k, written), v, beta, state, causal)
+        if causal and written is None and self._fuses(k, beta):
+            o, new_state = self._fused_scan(q, k, v, beta, state)
+        else:
+            o, new_state = self._scan(self.query_features(q), self._written(k, written), v, beta, state, causal)
         assert o is not None
         return (o * self.d_key**-0.5 if self.config.output_scale == "rsqrt_d" else o), new_state
 
@@ -149,6 +154,20 @@ class FastWeightMemory(nn.Module):
                 "set favor.stabilizer: none, or vector with phi_norm: sum"
             )
 
+    def _fuses(self, k: Tensor, beta: Tensor | None) -> bool:
+        """Whether one kernel computes all from keys to read-out; a single step is as quick without."""
+        if self.fused is None or (self.rule.uses_beta and beta is None) or k.shape[1] == 1:
+            return False
+        return self.fused.why_not(k) is None
+
+    def _fused_scan(
+        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, state: MemoryState | None
+    ) -> tuple[Tensor | None, MemoryState]:
+        assert self.fused is not None
+        W, z = (None, None) if state is None else (state.memory[0], state.z)
+        o, W, z = ops.fused_rule(self.fused, q, k, v, beta if self.rule.uses_beta else None, W, z)
+        return o, MemoryState((W,), z)
+
     def _scan(
         self, q: Tensor | None, k: Tensor, v: Tensor, beta: Tensor | None, state: MemoryState | None, causal: bool
     ) -> tuple[Tensor | None, MemoryState]:
@@ -203,6 +222,48 @@ class FastWeightMemory(nn.Module):
     def extra_repr(self) -> str:
         c = self.config
         return f"rule={c.rule}, phi_norm={c.phi_norm}, attention_norm={c.attention_norm}, backend={c.backend}"
+
+
+# what a fused memory computes, what is done outside of it, and what its feature maps have no use for
+_FUSED = {
+    *(
+        "rule",
+        "feature_map",
+        "nu",
+        "phi_norm",
+        "key_norm_eps",
+        "query_norm_eps",
+        "attention_norm",
+        "attention_norm_eps",
+    ),
+    *("output_scale", "backend"),
+    *("n_features", "favor"),
+}
+
+
+def _default(field: dataclasses.Field[object]) -> object:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _fused_memory(config: AttentionConfig) -> ops.FusedMemory | None:
+    """What the compiled recurrence computes of these axes, or None if it is not to be used or lacks one."""
+    if config.rule not in ("sum", "delta") or config.backend not in ("auto", "cpu"):
+        return None
+    # without a map the rule alone does it
+    if config.feature_map not in ("elu", "dpfp") or config.attention_norm == "both":
+        return None
+    # an axis that this function does not know keeps its meaning only if it is at its default
+    if any(getattr(config, x.name) != _default(x) for x in dataclasses.fields(config) if x.name not in _FUSED):
+        return None
+    return ops.FusedMemory(
+        feature_map=config.feature_map,
+        nu=config.nu,
+        phi_norm=config.phi_norm,
+        key_norm_eps=config.key_norm_eps,
+        query_norm_eps=config.query_norm_eps,
+        attention_norm=config.attention_norm,
+        attention_norm_eps=config.attention_norm_eps,
+    )
 
 
 class FastWeightAttention(nn.Module):

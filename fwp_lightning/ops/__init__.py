@@ -18,11 +18,14 @@ from fwp_lightning.ops.pair_training import (
     pair_gradients,
     train_pairs,
 )
+from fwp_lightning.ops.recurrence import FusedMemory, fused
+from fwp_lightning.ops.reference import state_dtype
 from fwp_lightning.ops.single_read import delta_weights, dpfp_kernel, exponential_kernel, flushing_exp, sum_weights
 
 __all__ = [
     "BACKENDS",
     "AdamState",
+    "FusedMemory",
     "PairBatches",
     "PairMemory",
     "PairParameters",
@@ -32,6 +35,7 @@ __all__ = [
     "dpfp_kernel",
     "exponential_kernel",
     "flushing_exp",
+    "fused_rule",
     "fwm_rule",
     "pair_gradients",
     "sum_rule",
@@ -68,6 +72,32 @@ def delta_rule(
     """
     check(q=q, k=k, v=v, beta=beta, state=state)
     return implementation("delta", backend, k, v)(q, k, v, beta, state)
+
+
+def fused_rule(
+    memory: FusedMemory,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None = None,
+    state: Tensor | None = None,
+    z: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Return what ``delta_rule`` (without ``beta``: ``sum_rule``) returns for the features of q and k, and the last z.
+
+    phi, its sum-normalisation and the read-out's division by ``z . phi(q) + eps`` (eqs. 18-19, 29, 30, 37) happen in
+    the compiled kernel, so that only ``[B, T, H, D]`` exists of keys, queries and their gradients. ``state`` is
+    ``[B, H, K, V]`` and ``z`` ``[B, H, K]``, the sum of key features, with K features; z is None unless
+    ``attention_norm`` is readout. Raises ``ValueError`` for tensors that do not fit together or what the kernel lacks.
+    """
+    check(q=q, k=k, v=v, beta=beta, state=state, z=z, n_features=memory.n_features(k.shape[-1]))
+    reason = memory.why_not(k)
+    if reason:
+        raise ValueError(reason)
+    wide = state_dtype(k.dtype)
+    rest = (None if x is None else x.to(wide) for x in (beta, state, z))
+    o, last, last_z = fused(memory, None if q is None else q.to(wide), k.to(wide), v.to(wide), *rest)
+    return (None if o is None else o.to(k.dtype)), last, last_z
 
 
 def fwm_rule(

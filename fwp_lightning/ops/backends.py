@@ -90,7 +90,8 @@ def implementation(rule: str, backend: str, k: Tensor, v: Tensor) -> Implementat
         return _for_dtype(rule, BACKENDS[backend], k.dtype)
     # one step is one write and one read: there is nothing to make parallel
     chosen = "reference" if k.shape[1] == 1 else backends_of(rule, k, v)[0]
-    if k.shape[1] > 1:
+    # a tracer would have to stop for a message
+    if k.shape[1] > 1 and not torch.compiler.is_compiling():
         _log_choice(rule, chosen)
     return _for_dtype(rule, BACKENDS[chosen], k.dtype)
 
@@ -116,20 +117,22 @@ def _log_choice(rule: str, backend: str) -> None:
     log.info("rule %s: backend %s", rule, backend)
 
 
-def check(*, causal: bool = True, **tensors: Any) -> None:
+def check(*, causal: bool = True, n_features: int | None = None, **tensors: Any) -> None:
     """Raise ``ValueError`` naming the argument that does not fit ``k`` in shape, dtype or device.
 
-    Expects ``q k v beta state`` as in the ops; absent ones are None. Without causality ``q`` may have any length.
+    Expects ``q k v beta state z`` as in the ops; absent ones are None. Without causality ``q`` may have any length. A
+    state has ``n_features`` rows, or as many as keys are wide.
     """
     k, v = tensors["k"], tensors["v"]
     for name in ("k", "v"):
         if tensors[name].dim() != 4:
             raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}; expected 4 dimensions [B, T, H, D]")
-    b, t, h, n_features = k.shape
+    b, t, h, size = k.shape
+    n_features = size if n_features is None else n_features
     q = tensors.get("q")
     n_queries = t if causal or q is None or q.dim() != 4 else q.shape[1]
-    expected = {"q": (b, n_queries, h, n_features), "v": (b, t, h, v.shape[-1]), "beta": (b, t, h)}
-    expected["state"] = (b, h, n_features, v.shape[-1])
+    expected = {"q": (b, n_queries, h, size), "v": (b, t, h, v.shape[-1]), "beta": (b, t, h)}
+    expected |= {"state": (b, h, n_features, v.shape[-1]), "z": (b, h, n_features)}
     for name, shape in expected.items():
         tensor = tensors.get(name)
         if tensor is None:
@@ -138,7 +141,7 @@ def check(*, causal: bool = True, **tensors: Any) -> None:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; k {tuple(k.shape)} asks for {shape}")
         if tensor.device != k.device:
             raise ValueError(f"{name} is on {tensor.device} but k is on {k.device}; move them to one device")
-        if tensor.dtype != k.dtype and not (name == "state" and tensor.dtype == reference.state_dtype(k.dtype)):
+        if tensor.dtype != k.dtype and not (name in ("state", "z") and tensor.dtype == reference.state_dtype(k.dtype)):
             raise ValueError(f"{name} is {tensor.dtype} but k is {k.dtype}; give all inputs one dtype")
     if not k.is_floating_point():
         raise ValueError(f"k is {k.dtype}; the rules need a floating-point dtype")

@@ -138,7 +138,8 @@ template <class Real, bool DELTA, bool READS> struct Writing : Head<Real, DELTA,
         this->prepare_features(0, key);
         this->compute_features(0, key);
         std::fill(retrieved.vectors(), retrieved.vectors() + this->value_blocks * STEPS, Num{});
-        if (!DELTA || !x.state || T == 0) return;
+        if (!DELTA || T == 0) return;
+        // from an empty memory too: 0 times NaN is NaN
         const Real *next[STEPS] = {key(0), key(T > 1)};
         for (int64_t c = 0; c < this->value_blocks; ++c) {
             Num *r = retrieved.vectors() + c * STEPS;
