@@ -26,6 +26,8 @@ from fwp_lightning.tracking import Origin
 
 PARTS = ("rules", "fused", "growth", "retrieval", "generation")
 DEVICES = ("cpu", "cuda")
+# share of the cores that others may keep busy unremarked
+BUSY = 0.3
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def run(request: Request, project: Project, origin: Origin, tell: Callable[[str]
     parts = _checked(request)
     if request.device == "cpu":
         torch.set_flush_denormal(True)
-    cores = os.cpu_count() or 1
+    cores = records.cores_here()
     settings = Settings(
         request.device,
         1 if request.quick else request.rounds,
@@ -66,6 +68,8 @@ def run(request: Request, project: Project, origin: Origin, tell: Callable[[str]
     path = project.results / "benchmarks" / f"{request.device}.csv"
     saves = request.save and not request.quick
     tell(f"{machine['machine']}, {machine['cores']} cores, {machine['isa']}, torch {machine['torch']}")
+    if (load := os.getloadavg()[0]) > BUSY * cores:
+        tell(f"other work keeps this machine busy (load {load:.1f}): what is wall time says little, ratios say more")
     for group, measurements in _measured(parts, request, settings):
         for line in lines_of(group, measurements):
             tell(line)

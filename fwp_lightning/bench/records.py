@@ -43,6 +43,11 @@ class Measurement:
     """MiB"""
 
 
+def cores_here() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine_of(device: str) -> dict[str, str]:
     """Return the columns that say what was measured on."""
     if device == "cuda":
@@ -50,7 +55,7 @@ def machine_of(device: str) -> dict[str, str]:
         machine, cores = properties.name, properties.multi_processor_count
         isa, versions = f"sm_{properties.major}{properties.minor}", f"cuda {torch.version.cuda}"
     else:
-        machine, cores, isa, versions = cpu_name(), os.cpu_count() or 1, processor.level(), ""
+        machine, cores, isa, versions = cpu_name(), cores_here(), processor.level(), ""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": device,
