@@ -116,7 +116,7 @@ def disagreement(candidate: Candidate, inputs: list[Tensor]) -> str | None:
     for name, ours, theirs in zip(names, found, (o, *gradients), strict=False):
         if ours is None or theirs is None:
             continue
-        error = (_outer_heads(ours.detach()).double() - theirs).abs().max() / theirs.abs().max()
+        error = (_outer_heads(ours.detach()).double() - theirs.detach()).abs().max() / theirs.detach().abs().max()
         # a NaN compares false
         if not error <= TOLERANCES[inputs[0].dtype]:
             return f"its {name} is off by {float(error):.1e} of the largest"
