@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -50,12 +51,18 @@ def cores_here() -> int:
 
 def machine_of(device: str) -> dict[str, str]:
     """Return the columns that say what was measured on."""
+    packages = [("python", platform.python_version())]
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        machine, cores = properties.name, properties.multi_processor_count
-        isa, versions = f"sm_{properties.major}{properties.minor}", f"cuda {torch.version.cuda}"
+        machine, cores, isa = (
+            properties.name,
+            properties.multi_processor_count,
+            f"sm_{properties.major}{properties.minor}",
+        )
+        packages.append(("cuda", str(torch.version.cuda)))
+        packages += [(name, found) for name in ("triton", "flash-linear-attention") if (found := _installed(name))]
     else:
-        machine, cores, isa, versions = cpu_name(), cores_here(), processor.level(), ""
+        machine, cores, isa = cpu_name(), cores_here(), processor.level()
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": device,
@@ -63,8 +70,15 @@ def machine_of(device: str) -> dict[str, str]:
         "cores": str(cores),
         "isa": isa,
         "torch": torch.__version__,
-        "versions": "; ".join(part for part in (f"python {platform.python_version()}", versions) if part),
+        "versions": "; ".join(" ".join(package) for package in packages),
     }
+
+
+def _installed(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def rows_of(group: Group, measurements: Iterable[Measurement], machine: dict[str, str], origin: Origin) -> list[Row]:
