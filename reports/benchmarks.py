@@ -29,7 +29,7 @@ WORDS = {
     "reference": "loop over time steps",
     "sdpa": "causal SDPA",
     "features in the kernel, cpu": "in the kernel",
-    "features in PyTorch, cpu": "in PyTorch",
+    "features in PyTorch, cpu": "in PyTorch, `cpu`",
     "features in PyTorch, chunked": "in PyTorch, `chunked`",
 }
 LOOK_OF = {
@@ -106,7 +106,7 @@ def _origin(found: Benchmarks) -> tuple[str, str]:
 
 def _machine(found: Benchmarks) -> str:
     row = found.rows[0]
-    return f"{row['machine']} ({row['cores']} cores, {row['isa']})"
+    return f"{row['machine']} ({row['cores']} core{'' if row['cores'] == '1' else 's'}, {row['isa']})"
 
 
 def provenance(found: Benchmarks) -> str:
