@@ -111,8 +111,8 @@ template <class Real, bool DELTA, bool READS> struct Head {
         for (int64_t s = t; s < std::min(t + STEPS, T); ++s) rows.compute(s);
     }
     template <class... R> inline __attribute__((always_inline)) void fetch(int64_t t, const R &...rows) const {
-        for (int64_t s = t; s < t + STEPS; ++s)
-            if (s >= 0 && s < T) (rows.fetch(s), ...);
+        // the few steps at either end are not worth a test of each
+        if (t >= 0 && t + STEPS <= T) (rows.template fetch<STEPS>(t), ...);
     }
 };
 
@@ -177,16 +177,16 @@ template <class Real, bool DELTA, bool READS> struct Writing : Head<Real, DELTA,
         const bool keeps = x.errors;
         const Real *k[N], *q[N], *next[STEPS], *v[N];
         Real *o[N], *errors[N], overlap[N][N] = {}, strength[N], share[N];
+        key.template find<N>(t, k);
+        key.template find<NEXT>(t + N, next);
+        (READS ? query : key).template find<N>(t, q);
+        value.template find<N>(t, v);
+        output.template find<N>(t, o);
+        error.template find<N>(t, errors);
         for (int s = 0; s < N; ++s) {
-            k[s] = key(t + s);
-            q[s] = READS ? query(t + s) : k[s];
-            v[s] = value(t + s);
-            o[s] = output(t + s);
-            errors[s] = error(t + s);
             strength[s] = this->strength(t + s);
             share[s] = p.normalise_readout ? 1 / accumulate(t + s) : Real(1);
         }
-        for (int s = 0; s < NEXT; ++s) next[s] = key(t + N + s);
         if (DELTA && N > 1) overlap[N - 1][0] = dot(k[0], k[N - 1], n_keys);
         Num *W = memory.vectors(), *ahead = retrieved.vectors();
         for (int64_t c = 0; c < blocks; ++c, W += n_keys, ahead += STEPS) {
@@ -329,15 +329,13 @@ template <class Real, bool DELTA, bool READS> struct Receiving : Backward<Real, 
         const int64_t n_values = V, blocks = this->key_blocks;
         const Real *k[N], *q[N], *later[STEPS], *e[N], *g[N], *r[N];
         Real strength[N];
-        for (int s = 0; s < N; ++s) {
-            k[s] = key(t + s);
-            q[s] = READS ? query(t + s) : k[s];
-            e[s] = error(t + s);
-            g[s] = READS ? grad(t + s) : e[s];
-            r[s] = grad_v(t + s);
-            strength[s] = this->strength(t + s);
-        }
-        for (int s = 0; s < PENDING; ++s) later[s] = key(t + N + s);
+        key.template find<N>(t, k);
+        key.template find<PENDING>(t + N, later);
+        (READS ? query : key).template find<N>(t, q);
+        error.template find<N>(t, e);
+        (READS ? grad : error).template find<N>(t, g);
+        Rows<const Real>(grad_v).template find<N>(t, r);
+        for (int s = 0; s < N; ++s) strength[s] = this->strength(t + s);
         receive_by_value<PENDING, N>(t, k, q, later, e, g, strength);
         Num *D = by_keys.vectors();
         for (int64_t c = 0; c < blocks; ++c, D += n_values) {
@@ -361,7 +359,7 @@ template <class Real, bool DELTA, bool READS> struct Receiving : Backward<Real, 
         const int64_t n_keys = K, n_values = V, blocks = this->value_blocks;
         Real overlap[N][N] = {}, *r[N];
         Num along[N] = {}, *D = columns.vectors(), *removed = lost.vectors();
-        for (int s = 0; s < N; ++s) r[s] = grad_v(t + s);
+        grad_v.template find<N>(t, r);
         if (DELTA && N > 1) overlap[N - 1][0] = dot(k[0], k[N - 1], n_keys);
         for (int64_t c = 0; c < blocks; ++c, D += n_keys, removed += STEPS) {
             const int64_t from = c * LANES, left = n_values - from;
@@ -433,13 +431,11 @@ template <class Real, bool DELTA, bool READS> struct Rewriting : Backward<Real, 
     template <int N> void write(int64_t t) {
         const Real *k[N], *e[N], *g[N], *r[N];
         Real strength[N];
-        for (int s = 0; s < N; ++s) {
-            k[s] = key(t + s);
-            strength[s] = this->strength(t + s);
-            e[s] = error(t + s);
-            g[s] = READS ? grad(t + s) : e[s];
-            r[s] = grad_v(t + s);
-        }
+        key.template find<N>(t, k);
+        error.template find<N>(t, e);
+        (READS ? grad : error).template find<N>(t, g);
+        Rows<const Real>(grad_v).template find<N>(t, r);
+        for (int s = 0; s < N; ++s) strength[s] = this->strength(t + s);
         const int64_t n_values = V, blocks = this->key_blocks;
         Num *W = memory.vectors();
         for (int64_t c = 0; c < blocks; ++c, W += n_values) {
