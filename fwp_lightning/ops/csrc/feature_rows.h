@@ -11,7 +11,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <type_traits>
 
 #include "lanes.h"
 
@@ -52,12 +51,13 @@ template <class Real> struct Rows {
         Real *row = (*this)(t);
         for (int s = 0; s < N; ++s) rows[s] = row + s * stride;
     }
-    // inlined by force: GCC takes a call that only fetches for one without effect
+    // To the second cache: the first one lets too few lines be on their way. Inlined by force: GCC takes a call that only
+    // fetches for one without effect.
     template <int N> inline __attribute__((always_inline)) void fetch(int64_t t) const {
         constexpr int64_t line = 64 / sizeof(Real);
-        Real *row = (*this)(t);
+        const Real *row = (*this)(t);
         for (int64_t i = 0; i < size; i += line)
-            for (int s = 0; s < N; ++s) __builtin_prefetch(row + s * stride + i, !std::is_const<Real>::value);
+            for (int s = 0; s < N; ++s) __builtin_prefetch(row + s * stride + i, 0, 2);
     }
 };
 

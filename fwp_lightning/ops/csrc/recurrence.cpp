@@ -21,7 +21,7 @@ namespace {
 // steps of one pass over a memory: fewer would load and store it more often, more would need more registers
 constexpr int STEPS = 2;
 // rows are fetched so many steps before they are needed
-constexpr int64_t AHEAD = 4;
+constexpr int64_t AHEAD = 8;
 // memories of the heads that go together: they should stay in the second cache
 constexpr int64_t GROUP_BYTES = 512 * 1024;
 
