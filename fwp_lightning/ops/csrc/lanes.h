@@ -29,7 +29,8 @@ template <> struct Lanes<double> {
     typedef int64_t bits __attribute__((vector_size(LANES * sizeof(int64_t))));
 };
 
-// Rows that end within a vector. With masks where there are any: a call would have the usual case keep its registers in memory.
+// Rows that end within a vector. With masks where there are any: a call would have the usual case keep its registers in
+// memory.
 #if defined(__AVX512F__)
 [[maybe_unused]] inline Lanes<float>::type load_some(const float *from, int64_t n) {
     return (Lanes<float>::type)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), from);

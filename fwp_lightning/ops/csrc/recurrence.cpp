@@ -12,6 +12,10 @@
 #include <cstdint>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "feature_rows.h"
 #include "lanes.h"
 #include "memory_columns.h"
@@ -35,6 +39,19 @@ struct Problem {
     FeatureMap phi(double eps) const { return {map, nu, size, keys, normalise_features != 0, eps}; }
     int64_t cells() const { return keys * values; }
 };
+
+// A large output is mostly memory that the system has yet to give: in few large pages rather than in thousands of small ones,
+// which take as long to come as a tenth of the computation. Only whole large pages within it are asked for.
+template <class Real> void expect_large_pages(const Real *output, int64_t n) {
+#if defined(__linux__)
+    constexpr uintptr_t page = 2 * 1024 * 1024;
+    if (!output || n * sizeof(Real) < 2 * page) return;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(output) + page - 1) / page * page;
+    const uintptr_t end = reinterpret_cast<uintptr_t>(output + n) / page * page;
+    // a refusal changes nothing
+    if (end > first) madvise(reinterpret_cast<void *>(first), end - first, MADV_HUGEPAGE);
+#endif
+}
 
 // What is absent is null: q (write only), beta (sum rule), errors (and where no gradient will be asked for), state (empty),
 // z and scale (no normalised read-out), incoming gradients that are 0, gradients of what is absent.
@@ -527,6 +544,8 @@ template <class Real, bool DELTA, bool READS> void backward(const Problem &p, co
 }
 
 template <class Real> void forward(const Problem &p, const Tensors<Real> &x) {
+    const int64_t rows = p.batch * p.steps * p.heads;
+    for (const Real *output : {x.o, x.errors}) expect_large_pages(output, rows * p.values);
     if (p.delta)
         x.q ? forward<Real, true, true>(p, x) : forward<Real, true, false>(p, x);
     else
@@ -534,6 +553,9 @@ template <class Real> void forward(const Problem &p, const Tensors<Real> &x) {
 }
 
 template <class Real> void backward(const Problem &p, const Tensors<Real> &x) {
+    const int64_t rows = p.batch * p.steps * p.heads;
+    for (const Real *output : {x.grad_q, x.grad_k}) expect_large_pages(output, rows * p.size);
+    expect_large_pages(x.grad_v, rows * p.values);
     if (p.delta)
         x.q ? backward<Real, true, true>(p, x) : backward<Real, true, false>(p, x);
     else
