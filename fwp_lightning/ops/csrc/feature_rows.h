@@ -11,7 +11,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <type_traits>
 
 #include "lanes.h"
 
@@ -46,14 +45,23 @@ template <class Real> struct Rows {
     int64_t stride, size, mask;
 
     Real *operator()(int64_t t) const { return first + (t & mask) * stride; }
-    // inlined by force: GCC takes a call that only fetches for one without effect
-    inline __attribute__((always_inline)) void fetch(int64_t t) const {
+    operator Rows<const Real>() const { return {first, stride, size, mask}; }
+    // N rows from step t on; t + N goes over no multiple of the ring
+    template <int N> void find(int64_t t, Real **rows) const {
+        Real *row = (*this)(t);
+        for (int s = 0; s < N; ++s) rows[s] = row + s * stride;
+    }
+    // To the second cache: the first one lets too few lines be on their way. Inlined by force: GCC takes a call that only
+    // fetches for one without effect.
+    template <int N> inline __attribute__((always_inline)) void fetch(int64_t t) const {
         constexpr int64_t line = 64 / sizeof(Real);
-        for (int64_t i = 0; i < size; i += line) __builtin_prefetch((*this)(t) + i, !std::is_const<Real>::value);
+        const Real *row = (*this)(t);
+        for (int64_t i = 0; i < size; i += line)
+            for (int s = 0; s < N; ++s) __builtin_prefetch(row + s * stride + i, 0, 2);
     }
 };
 
-template <class Real> inline Real dot(const Real *a, const Real *b, int64_t n) {
+template <class Real> inline __attribute__((always_inline)) Real dot(const Real *a, const Real *b, int64_t n) {
     typename Lanes<Real>::type total{};
     for (int64_t i = 0; i < n; i += LANES) total += load<Real>(a + i, n - i) * load<Real>(b + i, n - i);
     return sum_lanes<Real>(total);
@@ -100,7 +108,8 @@ template <class Real> class FeatureRows {
         for (Real &x : inverse) x = 1;
     }
     const Real *operator()(int64_t t) const { return features(t); }
-    inline __attribute__((always_inline)) void fetch(int64_t t) const { input.fetch(t); }
+    template <int N> void find(int64_t t, const Real **rows) const { features.template find<N>(t, rows); }
+    template <int N> inline __attribute__((always_inline)) void fetch(int64_t t) const { input.template fetch<N>(t); }
 
     // First half of a row's computation: what would be read too soon after it was written if the second followed at once.
     void prepare(int64_t t) {

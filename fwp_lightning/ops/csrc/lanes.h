@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 // as many numbers as a register holds: a wider vector would live in memory
@@ -25,13 +29,24 @@ template <> struct Lanes<double> {
     typedef int64_t bits __attribute__((vector_size(LANES * sizeof(int64_t))));
 };
 
-// Out of line and through memory, so that the usual case stays in registers.
+// Rows that end within a vector. With masks where there are any: a call would have the usual case keep its registers in
+// memory.
+#if defined(__AVX512F__)
+[[maybe_unused]] inline Lanes<float>::type load_some(const float *from, int64_t n) {
+    return (Lanes<float>::type)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), from);
+}
+[[maybe_unused]] inline void store_some(float *to, Lanes<float>::type x, int64_t n) {
+    _mm512_mask_storeu_ps(to, __mmask16((1u << n) - 1), (__m512)x);
+}
+#endif
+// Otherwise out of line and through memory.
 template <class Real> [[maybe_unused, gnu::noinline]] typename Lanes<Real>::type load_some(const Real *from, int64_t n) {
     typename Lanes<Real>::type out{};
     std::memcpy(&out, from, n * sizeof(Real));
     return out;
 }
-template <class Real> [[maybe_unused, gnu::noinline]] void store_some(Real *to, typename Lanes<Real>::type x, int64_t n) {
+template <class Real>
+[[maybe_unused, gnu::noinline]] void store_some(Real *to, typename Lanes<Real>::type x, int64_t n) {
     std::memcpy(to, &x, n * sizeof(Real));
 }
 // The first n numbers of a row, the rest zero; nothing after them is touched. All of a vector's if n is LANES or more.
@@ -42,7 +57,7 @@ template <class Real> [[maybe_unused]] inline typename Lanes<Real>::type load(co
     return out;
 }
 template <class Real> [[maybe_unused]] inline void store(Real *to, typename Lanes<Real>::type x, int64_t n) {
-    if (__builtin_expect(n < LANES, 0)) return store_some<Real>(to, x, n);
+    if (__builtin_expect(n < LANES, 0)) return store_some(to, x, n);
     std::memcpy(to, &x, sizeof x);
 }
 

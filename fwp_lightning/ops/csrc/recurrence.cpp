@@ -12,6 +12,10 @@
 #include <cstdint>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "feature_rows.h"
 #include "lanes.h"
 #include "memory_columns.h"
@@ -21,7 +25,7 @@ namespace {
 // steps of one pass over a memory: fewer would load and store it more often, more would need more registers
 constexpr int STEPS = 2;
 // rows are fetched so many steps before they are needed
-constexpr int64_t AHEAD = 4;
+constexpr int64_t AHEAD = 8;
 // memories of the heads that go together: they should stay in the second cache
 constexpr int64_t GROUP_BYTES = 512 * 1024;
 
@@ -35,6 +39,19 @@ struct Problem {
     FeatureMap phi(double eps) const { return {map, nu, size, keys, normalise_features != 0, eps}; }
     int64_t cells() const { return keys * values; }
 };
+
+// A large output is mostly memory that the system has yet to give: in few large pages rather than in thousands of small ones,
+// which take as long to come as a tenth of the computation. Only whole large pages within it are asked for.
+template <class Real> void expect_large_pages(const Real *output, int64_t n) {
+#if defined(__linux__)
+    constexpr uintptr_t page = 2 * 1024 * 1024;
+    if (!output || n * sizeof(Real) < 2 * page) return;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(output) + page - 1) / page * page;
+    const uintptr_t end = reinterpret_cast<uintptr_t>(output + n) / page * page;
+    // a refusal changes nothing
+    if (end > first) madvise(reinterpret_cast<void *>(first), end - first, MADV_HUGEPAGE);
+#endif
+}
 
 // What is absent is null: q (write only), beta (sum rule), errors (and where no gradient will be asked for), state (empty),
 // z and scale (no normalised read-out), incoming gradients that are 0, gradients of what is absent.
@@ -111,8 +128,8 @@ template <class Real, bool DELTA, bool READS> struct Head {
         for (int64_t s = t; s < std::min(t + STEPS, T); ++s) rows.compute(s);
     }
     template <class... R> inline __attribute__((always_inline)) void fetch(int64_t t, const R &...rows) const {
-        for (int64_t s = t; s < t + STEPS; ++s)
-            if (s >= 0 && s < T) (rows.fetch(s), ...);
+        // the few steps at either end are not worth a test of each
+        if (t >= 0 && t + STEPS <= T) (rows.template fetch<STEPS>(t), ...);
     }
 };
 
@@ -177,16 +194,16 @@ template <class Real, bool DELTA, bool READS> struct Writing : Head<Real, DELTA,
         const bool keeps = x.errors;
         const Real *k[N], *q[N], *next[STEPS], *v[N];
         Real *o[N], *errors[N], overlap[N][N] = {}, strength[N], share[N];
+        key.template find<N>(t, k);
+        key.template find<NEXT>(t + N, next);
+        (READS ? query : key).template find<N>(t, q);
+        value.template find<N>(t, v);
+        output.template find<N>(t, o);
+        error.template find<N>(t, errors);
         for (int s = 0; s < N; ++s) {
-            k[s] = key(t + s);
-            q[s] = READS ? query(t + s) : k[s];
-            v[s] = value(t + s);
-            o[s] = output(t + s);
-            errors[s] = error(t + s);
             strength[s] = this->strength(t + s);
             share[s] = p.normalise_readout ? 1 / accumulate(t + s) : Real(1);
         }
-        for (int s = 0; s < NEXT; ++s) next[s] = key(t + N + s);
         if (DELTA && N > 1) overlap[N - 1][0] = dot(k[0], k[N - 1], n_keys);
         Num *W = memory.vectors(), *ahead = retrieved.vectors();
         for (int64_t c = 0; c < blocks; ++c, W += n_keys, ahead += STEPS) {
@@ -329,15 +346,13 @@ template <class Real, bool DELTA, bool READS> struct Receiving : Backward<Real, 
         const int64_t n_values = V, blocks = this->key_blocks;
         const Real *k[N], *q[N], *later[STEPS], *e[N], *g[N], *r[N];
         Real strength[N];
-        for (int s = 0; s < N; ++s) {
-            k[s] = key(t + s);
-            q[s] = READS ? query(t + s) : k[s];
-            e[s] = error(t + s);
-            g[s] = READS ? grad(t + s) : e[s];
-            r[s] = grad_v(t + s);
-            strength[s] = this->strength(t + s);
-        }
-        for (int s = 0; s < PENDING; ++s) later[s] = key(t + N + s);
+        key.template find<N>(t, k);
+        key.template find<PENDING>(t + N, later);
+        (READS ? query : key).template find<N>(t, q);
+        error.template find<N>(t, e);
+        (READS ? grad : error).template find<N>(t, g);
+        Rows<const Real>(grad_v).template find<N>(t, r);
+        for (int s = 0; s < N; ++s) strength[s] = this->strength(t + s);
         receive_by_value<PENDING, N>(t, k, q, later, e, g, strength);
         Num *D = by_keys.vectors();
         for (int64_t c = 0; c < blocks; ++c, D += n_values) {
@@ -361,7 +376,7 @@ template <class Real, bool DELTA, bool READS> struct Receiving : Backward<Real, 
         const int64_t n_keys = K, n_values = V, blocks = this->value_blocks;
         Real overlap[N][N] = {}, *r[N];
         Num along[N] = {}, *D = columns.vectors(), *removed = lost.vectors();
-        for (int s = 0; s < N; ++s) r[s] = grad_v(t + s);
+        grad_v.template find<N>(t, r);
         if (DELTA && N > 1) overlap[N - 1][0] = dot(k[0], k[N - 1], n_keys);
         for (int64_t c = 0; c < blocks; ++c, D += n_keys, removed += STEPS) {
             const int64_t from = c * LANES, left = n_values - from;
@@ -433,13 +448,11 @@ template <class Real, bool DELTA, bool READS> struct Rewriting : Backward<Real, 
     template <int N> void write(int64_t t) {
         const Real *k[N], *e[N], *g[N], *r[N];
         Real strength[N];
-        for (int s = 0; s < N; ++s) {
-            k[s] = key(t + s);
-            strength[s] = this->strength(t + s);
-            e[s] = error(t + s);
-            g[s] = READS ? grad(t + s) : e[s];
-            r[s] = grad_v(t + s);
-        }
+        key.template find<N>(t, k);
+        error.template find<N>(t, e);
+        (READS ? grad : error).template find<N>(t, g);
+        Rows<const Real>(grad_v).template find<N>(t, r);
+        for (int s = 0; s < N; ++s) strength[s] = this->strength(t + s);
         const int64_t n_values = V, blocks = this->key_blocks;
         Num *W = memory.vectors();
         for (int64_t c = 0; c < blocks; ++c, W += n_values) {
@@ -531,6 +544,8 @@ template <class Real, bool DELTA, bool READS> void backward(const Problem &p, co
 }
 
 template <class Real> void forward(const Problem &p, const Tensors<Real> &x) {
+    const int64_t rows = p.batch * p.steps * p.heads;
+    for (const Real *output : {x.o, x.errors}) expect_large_pages(output, rows * p.values);
     if (p.delta)
         x.q ? forward<Real, true, true>(p, x) : forward<Real, true, false>(p, x);
     else
@@ -538,6 +553,9 @@ template <class Real> void forward(const Problem &p, const Tensors<Real> &x) {
 }
 
 template <class Real> void backward(const Problem &p, const Tensors<Real> &x) {
+    const int64_t rows = p.batch * p.steps * p.heads;
+    for (const Real *output : {x.grad_q, x.grad_k}) expect_large_pages(output, rows * p.size);
+    expect_large_pages(x.grad_v, rows * p.values);
     if (p.delta)
         x.q ? backward<Real, true, true>(p, x) : backward<Real, true, false>(p, x);
     else
