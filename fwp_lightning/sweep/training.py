@@ -537,6 +537,7 @@ def _fit(run: Run, recorder: RunRecorder, shared: Circumstances, folder: Path) -
         trainer.test(task, cli.datamodule, verbose=False)
     if diverged is None:
         write_final(task, run.config, folder)
+        record_texts(task, recorder)
     recorder.log_points(measurements.summary(trainer, task), steps_of(trainer, task))
     return diverged
 
@@ -553,6 +554,15 @@ def write_final(task: LightningModule, config: Config, folder: Path) -> None:
     except (OSError, RuntimeError) as error:
         log.warning("no %s in %s: %s", FINAL, folder, sentence_of(error))
         partial.unlink(missing_ok=True)
+
+
+def record_texts(task: LightningModule, recorder: RunRecorder) -> None:
+    """Record what a complete run leaves to be read, by file name, and in a tag which texts there are."""
+    texts: dict[str, str] = getattr(task, "texts", dict)()
+    for name, text in texts.items():
+        recorder.log_text(name, text)
+    if texts:
+        recorder.set_tags({"texts": ",".join(texts)})
 
 
 def divergence_of(task: LightningModule, measurements: Measurements) -> str | None:

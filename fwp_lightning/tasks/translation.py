@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import os
 from argparse import Namespace
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from fwp_lightning.attention import AttentionConfig
 from fwp_lightning.data.translation import Sample, Sentences, TranslationData
+from fwp_lightning.results_csv import TRANSLATION_COLUMNS
 from fwp_lightning.translation import compatibility
 from fwp_lightning.translation.choice import TranslationAttention, flatten
 
@@ -359,14 +362,28 @@ class TranslationTask(L.LightningModule):
         return bleu([translations[index] for index in range(len(references))], references)[0]
 
     def _write_translations(self, split: str) -> None:
-        sources, references = self.data.sources(split), self.data.references(split)
-        lines = [
-            f"source       {sources[i]}\nreference    {references[i]}\ntranslation  {self._translations[split][i]}\n"
-            for i in range(min(N_SHOWN, len(sources)))
-        ]
+        lines = [f"source       {s}\nreference    {r}\ntranslation  {t}\n" for s, r, t in self._shown(split)]
         folder = Path(self.trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "translations.txt").write_text("\n".join(lines), encoding="utf-8")
+
+    def texts(self) -> dict[str, str]:
+        """Return some test sentences with their translations, as a CSV file; sentences of others are not repeated."""
+        if not self._translations.get("test"):
+            return {}
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(TRANSLATION_COLUMNS[1:])
+        quotes = self.data.may_be_quoted
+        for i, (source, reference, translation) in enumerate(self._shown("test"), start=1):
+            writer.writerow(["test", i, *((source, reference) if quotes else ("", "")), translation])
+        return {"translations.csv": buffer.getvalue()}
+
+    def _shown(self, split: str) -> list[tuple[str, str, str]]:
+        """The first sentences of a split, their translations in the corpus and by the model."""
+        sources, references = self.data.sources(split), self.data.references(split)
+        n = min(N_SHOWN, len(sources))
+        return [(sources[i], references[i], self._translations[split][i]) for i in range(n)]
 
     def _log(self, name: str, value: float, n: int = 1) -> None:
         self.log(name, value, on_step=False, on_epoch=True, batch_size=n, sync_dist=self.trainer.world_size > 1)
