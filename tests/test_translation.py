@@ -23,7 +23,7 @@ from fwp_lightning.data.parallel_text import CORPORA, Pairs, Selection, read_cor
 from fwp_lightning.data.translation import TranslationData
 from fwp_lightning.errors import UserError
 from fwp_lightning.experiment import Project, load_experiment, resolve_runs
-from fwp_lightning.tasks.translation import EncoderDecoder, Search, TranslationTask, bleu
+from fwp_lightning.tasks.translation import EncoderDecoder, Search, TranslationTask, bleu, compound_split_bleu
 from fwp_lightning.translation import compatibility
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -429,6 +429,16 @@ def test_bleu_is_sacrebleus() -> None:
     assert score == pytest.approx(100 * (6 / 7 * 4 / 6 * 2 / 5 * 1 / 4) ** 0.25)
     title = yaml.safe_load((ROOT / "experiments" / "table1.yaml").read_text())["title"]
     assert signature.split("|version")[0] in title
+
+
+def test_compound_split_bleu_counts_the_parts_of_hyphenated_words() -> None:
+    pytest.importorskip("sacrebleu")
+    reference = ["ein gut-bekannter Mann geht heim."]
+    found = compound_split_bleu(["ein gut-genannter Mann geht heim."], reference)
+    # ein gut ##AT##-##AT## bekannter Mann geht heim . : one of 8 words is wrong, 2 of 7 pairs, 3 of 6, 4 of 5
+    assert found == pytest.approx(100 * (7 / 8 * 5 / 7 * 3 / 6 * 1 / 5) ** 0.25)
+    # whole words: one of 6 is wrong, and no four in a row are right
+    assert bleu(["ein gut-genannter Mann geht heim."], reference)[0] != pytest.approx(found, abs=1)
 
 
 def test_table_has_the_papers_rows_its_table_6_and_ours() -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import os
+import re
 from argparse import Namespace
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from fwp_lightning.results_csv import TRANSLATION_COLUMNS
 from fwp_lightning.translation import compatibility
 from fwp_lightning.translation.choice import TranslationAttention, flatten
 
+HYPHEN = re.compile(r"(\S)-(\S)")
 N_SHOWN = 10
 """Test sentences whose translations are written out."""
 
@@ -296,7 +298,8 @@ class TranslationTask(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log BLEU; keep the weights if they are the best so far."""
-        score = self._bleu("valid")
+        self._gather("valid")
+        score = bleu(*self._scored("valid"))[0]
         self._log("valid/bleu_in_training", score)
         if self.trainer.sanity_checking or self.trainer.state.fn != TrainerFn.FITTING:
             return
@@ -320,7 +323,9 @@ class TranslationTask(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log BLEU of every split; write some translations out."""
         for split in self.data.test_splits:
-            self._log(f"{split}/bleu", self._bleu(split))
+            self._gather(split)
+            self._log(f"{split}/bleu", bleu(*self._scored(split))[0])
+            self._log(f"{split}/bleu_compound_split", compound_split_bleu(*self._scored(split)))
         if self.trainer.is_global_zero:
             self._write_translations("test")
 
@@ -348,18 +353,22 @@ class TranslationTask(L.LightningModule):
             tokens = dictionary.string(hypotheses[0]["tokens"].int().cpu(), unk_string="<<unk>>")
             translations[index] = self.data.join(tokens)
 
-    def _bleu(self, split: str) -> float:
-        """Return sacreBLEU of all sentences of a split, those that other processes translated included."""
+    def _gather(self, split: str) -> None:
+        """Collect what other processes have translated of a split, and check that no sentence is missing."""
         translations = self._translations[split]
         if self.trainer.world_size > 1:
             gathered: list[Any] = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(gathered, translations)
             translations = {index: text for part in gathered for index, text in part.items()}
             self._translations[split] = translations
-        references = self.data.references(split)
-        if sorted(translations) != list(range(len(references))):
-            raise RuntimeError(f"{len(translations)} translations of the {len(references)} sentences of {split}")
-        return bleu([translations[index] for index in range(len(references))], references)[0]
+        n = len(self.data.references(split))
+        if sorted(translations) != list(range(n)):
+            raise RuntimeError(f"{len(translations)} translations of the {n} sentences of {split}")
+
+    def _scored(self, split: str) -> tuple[list[str], list[str]]:
+        """Translations of a split in its order, and their references."""
+        translations, references = self._translations[split], self.data.references(split)
+        return [translations[index] for index in range(len(references))], references
 
     def _write_translations(self, split: str) -> None:
         lines = [f"source       {s}\nreference    {r}\ntranslation  {t}\n" for s, r, t in self._shown(split)]
@@ -400,9 +409,27 @@ class TranslationTask(L.LightningModule):
         self._best, self._best_bleu = checkpoint["translation"]["best"], checkpoint["translation"]["best_bleu"]
 
 
-def bleu(translations: list[str], references: list[str], *, tokenize: str = "13a") -> tuple[float, str]:
+def bleu(translations: list[str], references: list[str]) -> tuple[float, str]:
     """Return sacreBLEU's corpus BLEU, in percent, and its signature."""
     from sacrebleu.metrics import BLEU
 
-    metric = BLEU(tokenize=tokenize)
+    metric = BLEU()
     return float(metric.corpus_score(translations, [references]).score), str(metric.get_signature())
+
+
+def compound_split_bleu(translations: list[str], references: list[str]) -> float:
+    """Return BLEU of tokenised text whose hyphenated words are split, in percent: fairseq's compound_split_bleu.sh.
+
+    It is higher than sacreBLEU's and not comparable with it. The tokens are those of mteval's v13a, where fairseq has
+    those of Moses.
+    """
+    from sacrebleu.metrics import BLEU
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    tokenize = Tokenizer13a()
+
+    def split(sentence: str) -> str:
+        return HYPHEN.sub(r"\1 ##AT##-##AT## \2", tokenize(sentence))
+
+    metric = BLEU(tokenize="none", force=True)
+    return float(metric.corpus_score([*map(split, translations)], [[*map(split, references)]]).score)
