@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -201,6 +202,45 @@ def test_training_goes_on_with_dropout_after_a_validation(project: Path) -> None
     watched = Watching(DELTA, TINY, SEARCH, lr=3e-3, warmup_steps=4, max_steps=10)
     trainer(project).fit(watched, data())
     assert watched.modes == [True] * 10
+
+
+@needs_fairseq
+def test_checkpoints_convert_both_ways(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found, run, corpus = task(max_steps=10, keep_checkpoint=True), trainer(project), data()
+    run.fit(found, corpus)
+    run.test(found, corpus, verbose=False)
+    run.save_checkpoint(project / "ours.ckpt")
+    torch.save({"config": {}, **found.final()}, project / "final.ckpt")
+    convert = ["fairseq-convert", f"--input={project / 'ours.ckpt'}", f"--output={project / 'theirs.pt'}"]
+    assert main(convert) == 0
+    # fairseq translates as Lightning does, from the file that a complete run leaves and from a converted one
+    for name in ("theirs.pt", "final.ckpt"):
+        capsys.readouterr()
+        search = ["--beam=2", "--max-len-a=1", "--max-len-b=5", "--lenpen=0.6", "--max-tokens=4000"]
+        path = f"--path={project / name}"
+        assert main(["fairseq-generate", str(corpus.folder), path, "--cpu", "--scoring=sacrebleu", *search]) == 0
+        shown = capsys.readouterr().out
+        hypotheses = dict(re.findall(r"^H-(\d+)\t\S+\t(.*)$", shown, flags=re.MULTILINE))
+        assert {int(i): text for i, text in hypotheses.items()} == found._translations["test"]
+        score = float(re.search(r"BLEU = ([\d.]+)", shown)[1])  # type: ignore[index]
+        # fairseq prints two digits
+        assert found.logged["test/bleu"] == [pytest.approx(score, abs=0.006)]
+    back = ["fairseq-convert", f"--input={project / 'theirs.pt'}", f"--output={project / 'back.ckpt'}"]
+    assert main(back) == 0
+    other, second = task(max_steps=10), trainer(project)
+    second.test(other, data(), ckpt_path=project / "back.ckpt", weights_only=True, verbose=False)
+    assert other._translations == found._translations
+    assert other.steps == 10
+
+
+@needs_fairseq
+def test_what_is_no_translation_checkpoint_is_not_converted(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"state_dict": {}}, project / "other.ckpt")
+    (project / "text.ckpt").write_text("no checkpoint")
+    sentences = {"other.ckpt": "is no checkpoint of a", "text.ckpt": "is no checkpoint", "none.pt": "cannot be read"}
+    for name, said in sentences.items():
+        assert main(["fairseq-convert", f"--input={project / name}", f"--output={project / 'x'}"]) == 2
+        assert said in capsys.readouterr().err
 
 
 DDP_SCRIPT = """

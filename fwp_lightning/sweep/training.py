@@ -544,12 +544,12 @@ def _fit(run: Run, recorder: RunRecorder, shared: Circumstances, folder: Path) -
 
 def write_final(task: LightningModule, config: Config, folder: Path) -> None:
     """Write what a task wants kept of a complete run to final.ckpt; a full disk costs the file, not the run."""
-    final = getattr(task, "final", None)
-    if final is None:
+    content: dict[str, Any] = getattr(task, "final", dict)()
+    if not content:
         return
     partial = folder / f"{FINAL}.tmp"
     try:
-        torch.save({"config": config, **final()}, partial)
+        torch.save({"config": config, **content}, partial)
         partial.replace(folder / FINAL)
     except (OSError, RuntimeError) as error:
         log.warning("no %s in %s: %s", FINAL, folder, sentence_of(error))

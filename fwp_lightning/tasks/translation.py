@@ -21,6 +21,7 @@ from fwp_lightning.attention import AttentionConfig
 from fwp_lightning.data.translation import Sample, Sentences, TranslationData
 from fwp_lightning.results_csv import TRANSLATION_COLUMNS
 from fwp_lightning.translation import compatibility
+from fwp_lightning.translation.checkpoints import fairseq_checkpoint
 from fwp_lightning.translation.choice import TranslationAttention, flatten
 
 HYPHEN = re.compile(r"(\S)-(\S)")
@@ -114,7 +115,7 @@ class TranslationTask(L.LightningModule):
             clip_norm: largest norm of the gradient; 0: any.
             label_smoothing: probability that is spread over all words.
             max_steps: updates of training.
-            keep_checkpoint: keep the last checkpoint of a complete run.
+            keep_checkpoint: keep the best weights of a complete run, in final.ckpt, which fairseq's tools read.
         """
         super().__init__()
         for name, number in [("lr", lr), ("max_steps", max_steps), ("warmup_steps", warmup_steps), ("eps", eps)]:
@@ -180,10 +181,13 @@ class TranslationTask(L.LightningModule):
 
         from fwp_lightning.translation.architectures import FastWeightTransformer
 
-        arguments = self.model_arguments()
-        arguments.max_source_positions = arguments.max_target_positions = data.max_length
         utils.set_torch_seed(self.seed)
-        return FastWeightTransformer.build_model(arguments, task)
+        return FastWeightTransformer.build_model(self._built_arguments(data), task)
+
+    def _built_arguments(self, data: TranslationData | None = None) -> Namespace:
+        """The arguments of the model with what follows from the data."""
+        length = (data or self.data).max_length
+        return Namespace(**vars(self.model_arguments()), max_source_positions=length, max_target_positions=length)
 
     def configure_model(self) -> None:
         """Build the model once the data are known."""
@@ -400,9 +404,17 @@ class TranslationTask(L.LightningModule):
 
     # --- checkpoints
 
+    def final(self) -> dict[str, Any]:
+        """Return what is kept of a complete run, if anything: the best weights as a checkpoint of fairseq."""
+        if not self.keep_checkpoint:
+            return {}
+        weights = self._best if self._best is not None else self.model.state_dict()
+        return fairseq_checkpoint(weights, vars(self._built_arguments()), self.steps)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the best weights."""
-        checkpoint["translation"] = {"best": self._best, "best_bleu": self._best_bleu}
+        """Add the best weights, and the arguments with which fairseq builds the model."""
+        arguments = vars(self._built_arguments())
+        checkpoint["translation"] = {"best": self._best, "best_bleu": self._best_bleu, "arguments": arguments}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the best weights over."""

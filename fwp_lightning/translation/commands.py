@@ -13,7 +13,7 @@ from typing import Any
 
 from fwp_lightning.errors import UserError, sentence_of
 
-# tool -> what it does; all but the last are fairseq's
+# tool -> what it does; all but the last two are fairseq's
 TOOLS = {
     "preprocess": "make a data-bin folder of parallel text",
     "train": "train a model, resuming from its last checkpoint",
@@ -22,6 +22,7 @@ TOOLS = {
     "validate": "compute the loss on a split",
     "score": "score a translation",
     "average": "average the parameters of checkpoints",
+    "convert": "turn a checkpoint of Lightning into one of fairseq, or back",
 }
 TAKE_USER_DIR = ("preprocess", "train", "generate", "interactive", "validate")
 # fairseq imports the folder under its own name
@@ -39,10 +40,10 @@ def run(tool: str, arguments: Sequence[str], prepare: Sequence[Preparation] = ()
     install()
     for step in prepare:
         step()
-    if tool == "average":
-        from fwp_lightning.translation.checkpoints import average_command
+    if tool in ("average", "convert"):
+        from fwp_lightning.translation.checkpoints import average_command, convert_command
 
-        return average_command(arguments)
+        return {"average": average_command, "convert": convert_command}[tool](arguments)
     architectures = importlib.import_module("fwp_lightning.translation.architectures")
     _spawn_patched_processes(prepare)
     asks_for_help = {"-h", "--help"} & set(arguments)
