@@ -1,6 +1,9 @@
 """Translation in Lightning: fairseq's numbers, its data read and checked, evaluation of every sentence, resuming."""
 
+import csv
+import dataclasses
 import gzip
+import io
 import itertools
 import json
 import logging
@@ -24,6 +27,8 @@ from fwp_lightning.data.parallel_text import CORPORA, Pairs, Selection, read_cor
 from fwp_lightning.data.translation import TranslationData
 from fwp_lightning.errors import UserError
 from fwp_lightning.experiment import Project, load_experiment, resolve_runs
+from fwp_lightning.results_csv import TRANSLATION_COLUMNS
+from fwp_lightning.sweep.cost import measure
 from fwp_lightning.tasks.translation import EncoderDecoder, Search, TranslationTask, bleu, compound_split_bleu
 from fwp_lightning.translation import compatibility
 
@@ -479,6 +484,42 @@ def test_compound_split_bleu_counts_the_parts_of_hyphenated_words() -> None:
     assert found == pytest.approx(100 * (7 / 8 * 5 / 7 * 3 / 6 * 1 / 5) ** 0.25)
     # whole words: one of 6 is wrong, and no four in a row are right
     assert bleu(["ein gut-genannter Mann geht heim."], reference)[0] != pytest.approx(found, abs=1)
+
+
+@needs_fairseq
+def test_texts_of_a_run_are_what_the_export_reads(project: Path) -> None:
+    found, run, corpus = task(max_steps=5), trainer(project), data()
+    run.fit(found, corpus)
+    assert found.texts() == {}
+    run.test(found, corpus, verbose=False)
+    rows = list(csv.DictReader(io.StringIO(found.texts()["translations.csv"])))
+    assert [*rows[0]] == [*TRANSLATION_COLUMNS[1:]]
+    assert [(row["source"], row["translation"]) for row in rows] == [
+        (corpus.sources("test")[i], found._translations["test"][i]) for i in range(10)
+    ]
+    # a corpus that is not the suite's own is not repeated
+    found.data.corpus = "folder"
+    rows = list(csv.DictReader(io.StringIO(found.texts()["translations.csv"])))
+    assert {row["source"] + row["reference"] for row in rows} == {""}
+    assert rows[0]["translation"] == found._translations["test"][0]
+
+
+@needs_fairseq
+def test_cost_of_the_paper_profile_is_measured_without_corpus_or_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    smoke = resolve_runs(load_experiment("table1", Project(ROOT)), profile="smoke", rows=["DPFP-2"])[0]
+    small = {**smoke.config["model"]["init_args"], "max_steps": 3600}
+    config = {**smoke.config, "model": {**smoke.config["model"], "init_args": small}}
+    config["data"] = {**config["data"], "init_args": {**config["data"]["init_args"], "corpus": "wmt14"}}
+    config["trainer"] = {**config["trainer"], "accelerator": "gpu", "devices": 64, "precision": "16-mixed"}
+    cost = measure(dataclasses.replace(smoke, config=config))
+    assert cost is not None
+    assert 0 < cost.seconds < 60
+    # 3600 updates: as many hours as an update has seconds, for each device
+    assert f"{64 * cost.seconds:,.1f} " in cost.sentence()
+    assert main(["sweep", "table1", "--dry-run", "--measure", "--rows", "Linear"]) == 0
+    assert "200 updates on 1: 0." in capsys.readouterr().out
+    assert main(["sweep", "table1", "--measure"]) == 2
+    assert "belongs to --dry-run" in capsys.readouterr().err
 
 
 def test_table_has_the_papers_rows_its_table_6_and_ours() -> None:
