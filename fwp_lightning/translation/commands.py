@@ -67,8 +67,14 @@ def run(tool: str, arguments: Sequence[str], prepare: Sequence[Preparation] = ()
 def _known(error: Exception) -> str | None:
     """Return what is wrong where fairseq raises something general for a user's mistake."""
     text = " ".join(str(error).split())
-    if type(error) is Exception and "architectures match" in text:
-        return f"{text} {sentence_of(error.__context__)[:400]}" if error.__context__ else text
+    if type(error) is Exception:
+        # so general a type is fairseq's own way to talk to its user
+        reason = f" {sentence_of(error.__context__)[:400]}" if error.__context__ else ""
+        return text + (reason if "architectures match" in text else "")
+    if isinstance(error, AssertionError) and "same number of examples" in text:
+        return f"{text}: line by line they must be translations of each other; make the data-bin folder anew."
+    if isinstance(error, pickle.UnpicklingError):
+        return "the checkpoint is damaged, or holds more than tensors and plain values, and is not read."
     if isinstance(error, RuntimeError) and "loading state_dict" in text:
         return f"the checkpoint is of another architecture or dictionary: {text[:400]}"
     return None
