@@ -43,7 +43,7 @@ NO_FAIRSEQ = echo "fairseq was not installed (see above; it needs a C++ compiler
 # one sweep at a time also under `make -j`: a sweep runs JOBS processes of its own
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint smoke data-wikitext2 data-wikitext103 data-wmt14 reproduce report status ui bench
+.PHONY: help setup test lint smoke data-wikitext2 data-wikitext103 data-wmt14 reproduce report status ui bench bench-gpu
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -95,8 +95,13 @@ ui: $(INSTALLED) ## browse the runs with MLflow on http://127.0.0.1:5000
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true \
 	  $(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1
 
-bench: $(INSTALLED) ## time the attention backends on this machine
-	$(BIN)/fwp bench
+bench: $(INSTALLED) ## measure the memories and the retrieval task on this CPU into results/benchmarks/, draw it
+	$(BIN)/fwp bench --peers
+	$(BIN)/python -m reports bench
+
+bench-gpu: $(INSTALLED) ## the same on a GPU, as far as it runs there
+	$(BIN)/fwp bench --device cuda
+	$(BIN)/python -m reports bench
 
 # the stamp is made last: an install that broke off is taken up again by the next target
 $(INSTALLED): pyproject.toml constraints.txt

@@ -35,10 +35,7 @@ LIGHTNING_COMMANDS = {
     "test": "evaluate one configuration on the test data",
 }
 # these have parsers of their own, which get all that is typed behind the name
-OTHER_COMMANDS = {
-    "report": "make tables and figures from results/*.csv",
-    "bench": "measure the operations on this machine",
-}
+OTHER_COMMANDS = {"report": "make tables and figures from results/*.csv"}
 # fairseq's own tools with the architectures of this package
 FAIRSEQ_COMMANDS = {f"fairseq-{tool}": text for tool, text in fairseq_tools.TOOLS.items()}
 EXAMPLES = """examples:
@@ -90,7 +87,7 @@ def _dispatch(typed: list[str]) -> int:
         return _run_lightning(rest, imports, typed)
     if rest and rest[0] in OTHER_COMMANDS:
         _import_user_files(imports)
-        return _report(rest[1:]) if rest[0] == "report" else _bench(rest[1:])
+        return _report(rest[1:])
     if rest and rest[0] in FAIRSEQ_COMMANDS:
         return _run_fairseq(rest[0].removeprefix("fairseq-"), rest[1:], imports)
     options = build_parser().parse_args(rest)
@@ -160,6 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
     building.add_argument("--cuda", action="store_true", help="the CUDA kernels too; needs nvcc, and no GPU")
     fetching = _add(commands, "download", _download, "fetch a corpus, check it, and make its token files")
     fetching.add_argument("corpus", metavar="CORPUS", help="wikitext-2 (7 MB), wikitext-103 (313 MB) or wmt14 (818 MB)")
+    _add_bench(commands)
     listing = _add(commands, "list", _list, "list experiments, rules, feature maps and backends")
     listing.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -175,6 +173,18 @@ def _add_generate(commands: Any) -> None:
     )
     generate.add_argument("--top-k", type=int, default=0, metavar="K", help="among the K likeliest words; 0: among all")
     generate.add_argument("--seed", type=int, default=1, metavar="S", help="of the draws (1)")
+
+
+def _add_bench(commands: Any) -> None:
+    bench = _add(commands, "bench", _bench, "measure the memories and the retrieval task on this machine")
+    bench.add_argument("--parts", type=_words, metavar="A,B", help="of rules,fused,growth,retrieval,generation (all)")
+    bench.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    bench.add_argument("--shapes", type=_words, metavar="A,B", help="of S1,S2,S3,S4,P1,P2,M; on a CPU all but M")
+    bench.add_argument("--sizes", type=_sizes, metavar="S,S", help="S of the retrieval task (20,100,600)")
+    bench.add_argument("--rounds", type=_positive, default=5, metavar="N", help="measurements of each (5)")
+    bench.add_argument("--peers", action="store_true", help="fetch and build peers that are not here yet")
+    bench.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works; nothing is saved")
+    bench.add_argument("--no-save", action="store_true", help="print only, leave results/benchmarks/ as it is")
 
 
 def _add(commands: Any, name: str, command: Command, text: str) -> argparse.ArgumentParser:
@@ -239,6 +249,10 @@ def _words(text: str) -> list[str]:
     if not words:
         raise argparse.ArgumentTypeError(f"{text!r} names nothing")
     return words
+
+
+def _sizes(text: str) -> list[int]:
+    return [_positive(word) for word in _words(text)]
 
 
 def _numbers(text: str) -> list[int]:
@@ -438,9 +452,24 @@ def _report(arguments: Sequence[str]) -> int:
     return int(reports.main(arguments) or 0)
 
 
-def _bench(arguments: Sequence[str]) -> int:
-    bench = importlib.import_module("fwp_lightning.bench")
-    return int(bench.main(arguments) or 0)
+def _bench(options: argparse.Namespace) -> int:
+    from fwp_lightning import bench
+    from fwp_lightning.experiment import find_project
+    from fwp_lightning.tracking import describe_origin
+
+    _import_user_files(options.imports)
+    request = bench.Request(
+        parts=options.parts,
+        device=options.device,
+        shapes=options.shapes,
+        sizes=options.sizes,
+        rounds=options.rounds,
+        peers=options.peers,
+        quick=options.quick,
+        save=not options.no_save,
+    )
+    project = find_project()
+    return bench.run(request, project, describe_origin(project, options.typed), functools.partial(print, flush=True))
 
 
 def _list(options: argparse.Namespace) -> int:

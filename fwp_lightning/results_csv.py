@@ -25,14 +25,22 @@ RUN_COLUMNS = (
 )  # fmt: skip
 METRIC_COLUMNS = ("run_key", "split", "metric", "step", "value")
 TRANSLATION_COLUMNS = ("run_key", "split", "line", "source", "reference", "translation")
+BENCHMARK_GROUP = ("device", "machine", "part", "rule", "shape", "dtype", "threads", "clock", "pass")
+"""Lines alike in these were measured in turns: ratios are taken between them only."""
+BENCHMARK_COLUMNS = (
+    *BENCHMARK_GROUP, "backend", "milliseconds", "low", "high", "rounds", "gigaflop", "memory_mb", "date", "cores",
+    "isa", "torch", "versions", "git_commit", "git_dirty", "command",
+)  # fmt: skip
 STATUSES = ("complete", "diverged", "failed")
 # statuses of a run that ended with a result and is not trained again
 DONE = ("complete", "diverged")
 ADVICE = "move it away, then run `fwp export`"
+BENCHMARK_ADVICE = "move it away, then run `fwp bench`"
 # csv fields longer than this are a sign of a broken file
 csv.field_size_limit(1_000_000)
 
 _WHOLE = re.compile(r"[0-9]+")
+_DATE = re.compile(r"\d{4}-\d\d-\d\d")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
 
@@ -62,6 +70,22 @@ def read_translations(path: Path) -> list[Row]:
     return _read(path, TRANSLATION_COLUMNS, ("run_key", "split", "line"), checks)
 
 
+def read_benchmarks(path: Path) -> list[Row]:
+    """Return the checked rows of a file of benchmarks, none where there is no file; raise ``UserError`` if damaged."""
+    checks: dict[str, Check] = {
+        "backend": _filled,
+        "threads": _whole,
+        "milliseconds": _positive,
+        "low": _positive,
+        "high": _positive,
+        "rounds": _whole,
+        "gigaflop": _amount,
+        "memory_mb": _amount,
+        "date": _date,
+    }
+    return _read(path, BENCHMARK_COLUMNS, (*BENCHMARK_GROUP, "backend"), checks, BENCHMARK_ADVICE)
+
+
 # --- what a value must be --------------------------------------------------------------------------------------------
 
 
@@ -88,6 +112,19 @@ def _duration(text: str) -> str | None:
     return _number(text) or (None if 0 <= float(text) < float("inf") else "is no number of seconds")
 
 
+def _amount(text: str) -> str | None:
+    # what was not counted or cannot be measured is left empty
+    return None if not text else _number(text)
+
+
+def _positive(text: str) -> str | None:
+    return _number(text) or (None if 0 < float(text) < float("inf") else "is no number above 0")
+
+
+def _date(text: str) -> str | None:
+    return None if _DATE.fullmatch(text) else "is no date such as 2026-01-31"
+
+
 def _time(text: str) -> str | None:
     return None if not text or _TIME.fullmatch(text) else "is no time such as 2026-01-31T12:00:00Z"
 
@@ -99,44 +136,48 @@ def _known_status(text: str) -> str | None:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path, columns: Sequence[str], key: Sequence[str], checks: Mapping[str, Check]) -> list[Row]:
+def _read(
+    path: Path, columns: Sequence[str], key: Sequence[str], checks: Mapping[str, Check], advice: str = ADVICE
+) -> list[Row]:
     if not path.exists():
         return []
     try:
-        return _checked(path, columns, key, checks)
+        return _checked(path, columns, key, checks, advice)
     except (OSError, csv.Error, UnicodeDecodeError) as error:
         reason = "it is no text in UTF-8" if isinstance(error, UnicodeDecodeError) else sentence_of(error)
-        raise UserError(f"{path} cannot be read: {reason}; {ADVICE}.") from error
+        raise UserError(f"{path} cannot be read: {reason}; {advice}.") from error
 
 
-def _checked(path: Path, columns: Sequence[str], key: Sequence[str], checks: Mapping[str, Check]) -> list[Row]:
+def _checked(
+    path: Path, columns: Sequence[str], key: Sequence[str], checks: Mapping[str, Check], advice: str
+) -> list[Row]:
     found: list[Row] = []
     seen: set[tuple[str, ...]] = set()
     with path.open(newline="", encoding="utf-8") as file:
         lines = csv.reader(file, strict=True)
         header = next(lines, [])
-        _check_header(path, header, columns)
+        _check_header(path, header, columns, advice)
         for fields in lines:
             if not fields:
                 continue
             place = f"{path}, line {lines.line_num}"
             if len(fields) != len(header):
-                raise UserError(f"{place}: {len(header)} fields are expected, not {len(fields)}; {ADVICE}.")
+                raise UserError(f"{place}: {len(header)} fields are expected, not {len(fields)}; {advice}.")
             row = dict(zip(header, fields, strict=True))
             for column, check in checks.items():
                 if problem := check(row[column]):
-                    raise UserError(f"{place}: {column} {row[column]!r} {problem}; {ADVICE}.")
+                    raise UserError(f"{place}: {column} {row[column]!r} {problem}; {advice}.")
             name = tuple(row[column] for column in key)
             if name in seen:
-                raise UserError(f"{place}: {', '.join(key)} = {', '.join(name)} stands twice; {ADVICE}.")
+                raise UserError(f"{place}: {', '.join(key)} = {', '.join(name)} stands twice; {advice}.")
             seen.add(name)
             found.append(row)
     return found
 
 
-def _check_header(path: Path, header: Sequence[str], columns: Sequence[str]) -> None:
+def _check_header(path: Path, header: Sequence[str], columns: Sequence[str], advice: str) -> None:
     wrong = [f"lacks the column {column!r}" for column in columns if column not in header]
     wrong += [f"has an unknown column {column!r}" for column in header if column not in columns]
     wrong += ["names a column twice"] if len(set(header)) < len(header) else []
     if wrong:
-        raise UserError(f"{path} {wrong[0]}; results/README.md names the columns; {ADVICE}.")
+        raise UserError(f"{path} {wrong[0]}; results/README.md names the columns; {advice}.")

@@ -11,7 +11,7 @@ from pathlib import Path
 from fwp_lightning.errors import UserError, sentence_of
 from fwp_lightning.experiment import Project, find_project
 from fwp_lightning.registry import did_you_mean
-from reports import figures, page, readme, tables
+from reports import benchmarks, figures, page, readme, tables
 from reports.plan import load_plan, report_names, runs_of
 from reports.selection import Selection, collect, select
 from reports.sources import Results, read_results
@@ -32,7 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.check:
             raise UserError("--check belongs to `python -m reports readme`.")
         with _writing(project.root / "reports" / "output"):
-            return draw(project, results, options.names)
+            if options.names == [benchmarks.NAME] or (not options.names and benchmarks.read(project.root)):
+                for path in benchmarks.draw(project.root):
+                    print(f"{benchmarks.NAME}: {_shown(path, project.root)}")
+            return 0 if options.names == [benchmarks.NAME] else draw(project, results, options.names)
     except UserError as error:
         print(f"reports: {error}", file=sys.stderr)
         return 2
@@ -43,7 +46,7 @@ def draw(project: Project, results: Results, names: Sequence[str]) -> int:
     known = report_names(project)
     for name in names:
         if name not in known:
-            raise UserError(f"there is no report {name!r}. {did_you_mean(name, [*known, 'readme'])}")
+            raise UserError(f"there is no report {name!r}. {did_you_mean(name, [*known, 'bench', 'readme'])}")
     empty = [name for name in known if runs_of(project, name) not in results.experiments]
     if not names and len(empty) == len(known):
         raise UserError("no runs for any report in results/runs.csv; run `make smoke` first.")
@@ -119,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Draws tables, figures and one HTML page from results/*.csv; trains nothing.",
     )
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="figure2, ...; none for all; readme for README's block"
+        "names", nargs="*", metavar="NAME", help="figure2, ...; none for all; bench; readme for README's blocks"
     )
     parser.add_argument("--check", action="store_true", help="with readme: fail when the block is stale, write nothing")
     parser.add_argument("--root", type=Path, help="project root (default: found from the current folder)")

@@ -46,7 +46,7 @@ def draw(selection: Selection, cells: Sequence[Cell]) -> Figure:
     """Draws a selection as its experiment file's `report: kind` says."""
     plan = selection.plan
     shown = [cell for cell in cells if cell.metric == plan.spec.metrics[0]]
-    with _style():
+    with style():
         looks = looks_of(plan.rows)
         figure = Figure()
         axes = figure.add_subplot()
@@ -72,10 +72,14 @@ def _balanced(title: str) -> list[str]:
 
 
 def save(figure: Figure, stem: Path, selection: Selection) -> list[Path]:
+    """Writes PNG and PDF of a report."""
+    return write(figure, stem, f"{selection.plan.name}: {selection.plan.title}", wording.provenance(selection))
+
+
+def write(figure: Figure, stem: Path, title: str, subject: str) -> list[Path]:
     """Writes PNG and PDF; the same figure gives the same bytes."""
-    title, subject = f"{selection.plan.name}: {selection.plan.title}", wording.provenance(selection)
     png, pdf = stem.with_suffix(".png"), stem.with_suffix(".pdf")
-    with _style():
+    with style():
         figure.savefig(png, metadata={"Software": None, "Title": title, "Description": subject})
         figure.savefig(pdf, metadata={"CreationDate": None, "Creator": None, "Title": title, "Subject": subject})
     return [png, pdf]
@@ -85,7 +89,7 @@ def to_svg(figure: Figure, prefix: str) -> str:
     """The figure as an SVG element for the page, which has title and origin as text: ids begin with `prefix`."""
     buffer = io.StringIO()
     _show(figure.texts, False)
-    with _style():
+    with style():
         metadata = {"Date": None, "Creator": None}
         figure.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.04, metadata=metadata)
     _show(figure.texts, True)
@@ -107,7 +111,8 @@ def _show(texts: Sequence[Text], visible: bool) -> None:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
+    """The look of every figure, whatever the user's own settings are."""
     with mpl.rc_context():
         mpl.rcdefaults()
         matplotlib.style.use(Path(__file__).with_name("style.mplstyle"))

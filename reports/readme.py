@@ -1,10 +1,12 @@
-"""Keeps README's results block equal to results/*.csv."""
+"""Keeps README's blocks, results and benchmarks, equal to results/*.csv."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from fwp_lightning.errors import UserError, sentence_of
 from fwp_lightning.experiment import Experiment, Project, View, load_experiment
-from reports import wording
+from reports import benchmarks, wording
 from reports.plan import Plan, load_plan, report_names
 from reports.selection import Cell, Selection, collect, select
 from reports.sources import Results
@@ -23,11 +25,10 @@ def rewrite(project: Project, results: Results, *, check: bool) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else sentence_of(error)
         raise UserError(f"{path} cannot be read: {reason}; the block needs a README with {BEGIN} and {END}.") from error
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise UserError(f"{path} needs one line {BEGIN} and below it one line {END}.")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    fresh = f"{before}{BEGIN}\n{block(project, results)}\n{END}{after}"
+    fresh = _replaced(path, text, (BEGIN, END), block(project, results))
+    # a README need not have it
+    if benchmarks.BEGIN in text:
+        fresh = _replaced(path, fresh, (benchmarks.BEGIN, benchmarks.END), benchmarks.block(project.root))
     if fresh == text:
         return "README.md: the results block is up to date"
     if check:
@@ -37,6 +38,14 @@ def rewrite(project: Project, results: Results, *, check: bool) -> str:
     except OSError as error:
         raise UserError(f"{path} cannot be written: {sentence_of(error)}.") from error
     return "README.md: results block rewritten"
+
+
+def _replaced(path: Path, text: str, marks: tuple[str, str], content: str) -> str:
+    begin, end = marks
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise UserError(f"{path} needs one line {begin} and below it one line {end}.")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
 
 
 def block(project: Project, results: Results) -> str:

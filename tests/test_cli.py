@@ -197,25 +197,21 @@ def test_a_reader_that_leaves_early_gets_no_traceback(toy):
 # --- arguments that are passed on
 
 
-@pytest.mark.parametrize("command", ["bench", "report"])
-def test_commands_with_a_parser_of_their_own_get_everything_that_follows(fwp, monkeypatch, command):
+def test_report_has_a_parser_of_its_own_that_gets_everything_that_follows(fwp, monkeypatch):
     import reports.__main__
-    from fwp_lightning import bench
 
     got = []
-    for module in (bench, reports.__main__):
-        monkeypatch.setattr(module, "main", lambda arguments: got.append(arguments) or 3)
-    for arguments in (["--sizes", "20"], ["--check"], ["--root", "X", "figure3"], ["--help"], []):
-        assert fwp(command, *arguments)[0] == 3
+    monkeypatch.setattr(reports.__main__, "main", lambda arguments: got.append(arguments) or 3)
+    for arguments in (["--check"], ["--root", "X", "figure3"], ["--help"], []):
+        assert fwp("report", *arguments)[0] == 3
         assert got.pop() == arguments
 
 
-@pytest.mark.parametrize("command", ["bench", "report"])
-def test_help_of_a_passed_on_command_is_its_own(command, capsys):
+def test_help_of_report_is_its_own(capsys):
     with pytest.raises(SystemExit) as end:
-        main([command, "--help"])
+        main(["report", "--help"])
     assert not end.value.code
-    assert ("--sizes" if command == "bench" else "--check") in capsys.readouterr().out
+    assert "--check" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

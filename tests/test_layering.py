@@ -34,7 +34,10 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "experiment": {"errors", "registry"},
     "tracking": {"errors", "registry", "experiment"},
     "results": {"errors", "registry", "experiment", "tracking", "results_csv"},
-    "bench": {"errors", "registry", "seeding", "ops", "attention", "models", "data", "tasks"},
+    "bench": {
+        *("errors", "registry", "seeding", "processor", "compiled", "ops", "attention", "models", "data", "tasks"),
+        *("generation", "experiment", "tracking", "results_csv"),
+    },
     "sweep": {"errors", "registry", "seeding", "experiment", "tracking", "results", "results_csv", "tasks"},
     "cli": None,
     "__main__": None,
