@@ -212,6 +212,9 @@ def _add_sweep(commands: Any) -> None:
     _add_data_folder(parser)
     parser.add_argument("--dry-run", action="store_true", help="show the runs and what they will cost, train nothing")
     parser.add_argument(
+        "--measure", action="store_true", help="with --dry-run: time an update of every row here, without its data"
+    )
+    parser.add_argument(
         "--checkpoint-seconds",
         type=_seconds,
         default=CHECKPOINT_SECONDS,
@@ -276,7 +279,7 @@ def _version() -> str:
 
 def _sweep(options: argparse.Namespace) -> int:
     from fwp_lightning.experiment import at_points, find_project, load_experiment, reads_folder, resolve_runs
-    from fwp_lightning.sweep import run_sweep, show_plan
+    from fwp_lightning.sweep import run_sweep, show_costs, show_plan
     from fwp_lightning.tracking import describe_origin
 
     project = find_project()
@@ -297,6 +300,11 @@ def _sweep(options: argparse.Namespace) -> int:
     runs = prepare(runs)
     if options.data is not None and not any(reads_folder(run) for run in runs):
         raise UserError(f"--data {options.data}: none of these runs reads a text; leave the option out.")
+    if options.measure:
+        if not options.dry_run:
+            raise UserError("--measure belongs to --dry-run.")
+        show_costs(runs, options.imports)
+        return 0
     if options.dry_run:
         show_plan(runs, project, options.jobs, options.imports)
         return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import math
 import os
 import tempfile
@@ -14,14 +15,26 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fwp_lightning.errors import UserError
+from fwp_lightning.errors import UserError, sentence_of
 from fwp_lightning.experiment import Project, Run, View, load_experiment, natural_key, resolve_runs
-from fwp_lightning.results_csv import DONE, METRIC_COLUMNS, RUN_COLUMNS, STATUSES, Row, read_metrics, read_runs
+from fwp_lightning.results_csv import (
+    DONE,
+    METRIC_COLUMNS,
+    RUN_COLUMNS,
+    STATUSES,
+    TRANSLATION_COLUMNS,
+    Row,
+    read_metrics,
+    read_runs,
+    read_translations,
+)
 from fwp_lightning.tracking import is_alive, require_folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as MlflowRun
+
+log = logging.getLogger(__name__)
 
 Point = tuple[str, str, int, float]  # split, metric, step, value
 
@@ -141,6 +154,20 @@ def _history_from_server(client: MlflowClient, run_ids: Sequence[str]) -> Iterat
                 yield run_id, key, metric.step, metric.timestamp, metric.value
 
 
+def read_text(client: MlflowClient, run: StoredRun, name: str) -> str | None:
+    """Return a text that a run left to be read; None if it left none of this name, or somebody removed it."""
+    if name not in run.tags.get("texts", "").split(","):
+        return None
+    from mlflow.exceptions import MlflowException
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return Path(client.download_artifacts(run.run_id, name, folder)).read_text(encoding="utf-8")
+        except (MlflowException, OSError) as error:
+            log.warning("%s of run %s cannot be read and is left out: %s", name, run.run_key, sentence_of(error))
+            return None
+
+
 # --- export ----------------------------------------------------------------------------------------------------------
 
 
@@ -169,25 +196,25 @@ class Export:
         return f"exported {counted(self.exported, 'run')} to results/ ({self.total} in runs.csv{replaced}){change}"
 
 
-def csv_files(project: Project) -> tuple[Path, Path]:
-    """Return the files of runs and of metrics."""
-    return project.results / "runs.csv", project.results / "metrics.csv"
+def csv_files(project: Project) -> tuple[Path, Path, Path]:
+    """Return the files of runs, of metrics and of translations; the last is there only if a run has some."""
+    return project.results / "runs.csv", project.results / "metrics.csv", project.results / "translations.csv"
 
 
-def read_results(project: Project) -> tuple[list[Row], list[Row]]:
-    """Return the checked rows of both CSV files."""
-    runs_file, metrics_file = csv_files(project)
-    return read_runs(runs_file), read_metrics(metrics_file)
+def read_results(project: Project) -> tuple[list[Row], list[Row], list[Row]]:
+    """Return the checked rows of the CSV files."""
+    runs_file, metrics_file, translations_file = csv_files(project)
+    return read_runs(runs_file), read_metrics(metrics_file), read_translations(translations_file)
 
 
 def export(client: MlflowClient, project: Project) -> Export:
-    """Merge the store's ended runs into results/runs.csv and metrics.csv.
+    """Merge the store's ended runs into results/runs.csv, metrics.csv and, if any translated, translations.csv.
 
     Rows of runs that the store does not hold stay. A run replaces the rows of its own key, and those of an older run
     of the same experiment, row, point, seed, profile and protocol: a changed configuration is measured anew.
     """
-    runs_file, metrics_file = csv_files(project)
-    old_runs, old_metrics = read_results(project)
+    runs_file, metrics_file, translations_file = csv_files(project)
+    old_runs, old_metrics, old_translations = read_results(project)
     ended = _newest(run for run in read_store(client) if run.outcome in STATUSES and run.tags.get("profile"))
     rows = [_run_row(run) for run in ended]
     keys, places = {run.run_key for run in ended}, {run.place for run in ended}
@@ -201,9 +228,17 @@ def export(client: MlflowClient, project: Project) -> Export:
     for run in ended:
         metrics.extend(_metric_rows(run.run_key, points.get(run.run_id, [])))
     metrics.sort(key=_metric_order)
+    translated = [row for run in ended for row in _translation_rows(client, run)]
+    # those of a run whose artifacts were removed are still its own
+    kept_keys |= keys - {row["run_key"] for row in translated}
+    translations = [*(row for row in old_translations if row["run_key"] in kept_keys), *translated]
+    translations.sort(key=_translation_order)
 
-    # a reader between the two writes finds points of unknown runs, never runs without points
-    changed = [_write_csv(metrics_file, METRIC_COLUMNS, metrics), _write_csv(runs_file, RUN_COLUMNS, runs)]
+    # a reader between the writes finds points of unknown runs, never runs without points
+    changed = [_write_csv(metrics_file, METRIC_COLUMNS, metrics)]
+    if translations or old_translations:
+        changed.append(_write_csv(translations_file, TRANSLATION_COLUMNS, translations))
+    changed.append(_write_csv(runs_file, RUN_COLUMNS, runs))
     return Export(len(rows), len(runs), len(others) - len(kept), any(changed))
 
 
@@ -235,6 +270,12 @@ def _metric_rows(run_key: str, points: Iterable[Point]) -> Iterator[Row]:
         yield {"run_key": run_key, "split": split, "metric": metric, "step": str(step), "value": format_number(value)}
 
 
+def _translation_rows(client: MlflowClient, run: StoredRun) -> Iterator[Row]:
+    text = read_text(client, run, "translations.csv")
+    for row in csv.DictReader(io.StringIO(text or "")):
+        yield {"run_key": run.run_key, **{column: row[column] for column in TRANSLATION_COLUMNS[1:]}}
+
+
 def format_number(value: float) -> str:
     """Return a number as it stands in a CSV file, nine significant digits.
 
@@ -255,6 +296,10 @@ def _run_order(row: Row) -> tuple[Any, ...]:
 
 def _metric_order(row: Row) -> tuple[str, str, str, int]:
     return row["run_key"], row["split"], row["metric"], int(row["step"])
+
+
+def _translation_order(row: Row) -> tuple[str, str, int]:
+    return row["run_key"], row["split"], int(row["line"])
 
 
 # --- the CSV files ---------------------------------------------------------------------------------------------------

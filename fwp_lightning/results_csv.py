@@ -1,4 +1,4 @@
-"""The strict reader of results/runs.csv, metrics.csv and benchmarks/*.csv: every line, its types and keys are checked.
+"""The strict reader of the tracked CSV files in results/: columns, types and keys are checked, line by line.
 
 It needs the standard library alone, so that reports read the same files by the same rules as the export that writes
 them.
@@ -24,6 +24,7 @@ RUN_COLUMNS = (
     "torch", "lightning", "command", "deviations",
 )  # fmt: skip
 METRIC_COLUMNS = ("run_key", "split", "metric", "step", "value")
+TRANSLATION_COLUMNS = ("run_key", "split", "line", "source", "reference", "translation")
 BENCHMARK_GROUP = ("device", "machine", "part", "rule", "shape", "dtype", "threads", "clock", "pass")
 """Lines alike in these were measured in turns: ratios are taken between them only."""
 BENCHMARK_COLUMNS = (
@@ -61,6 +62,12 @@ def read_metrics(path: Path) -> list[Row]:
     """Return the checked rows of a metrics.csv, none where there is no file; raise ``UserError`` if it is damaged."""
     checks: dict[str, Check] = {"run_key": _filled, "step": _whole, "value": _number}
     return _read(path, METRIC_COLUMNS, ("run_key", "split", "metric", "step"), checks)
+
+
+def read_translations(path: Path) -> list[Row]:
+    """Return the checked rows of a translations.csv, none where there is no file; ``UserError`` if it is damaged."""
+    checks: dict[str, Check] = {"run_key": _filled, "split": _filled, "line": _whole}
+    return _read(path, TRANSLATION_COLUMNS, ("run_key", "split", "line"), checks)
 
 
 def read_benchmarks(path: Path) -> list[Row]:

@@ -55,6 +55,8 @@ LOCK_SECONDS = 120
 def open_store(project: Project) -> MlflowClient:
     """Return a client of the project's store, which is created if need be; an unusable store is one sentence."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # texts that an export reads are of a few lines
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     # a server that is down must cost seconds, not minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from reports import figures, tables, wording
 from reports.palette import DARK, looks_of
 from reports.selection import Cell, Selection
+from reports.sources import Run, Translation
 
 PROFILE_WORDS = {
     "paper": "the claim itself, as in the paper",
@@ -35,6 +36,17 @@ class Entry:
         """The id of the entry on the page."""
         plan = self.selection.plan
         return f"{plan.name}-{plan.profile}-{plan.protocol}"
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One sentence of a corpus as every model translated it."""
+
+    place: str
+    source: str
+    reference: str
+    translations: Sequence[tuple[str, str]]
+    """by row"""
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,7 @@ def _context(entry: Entry) -> dict[str, object]:
         "newest": selection.newest,
         "place": wording.place(plan),
         "notes": tables.notes(selection),
+        "sentences": _sentences(selection),
         "csv": _data_uri(tables.to_csv(selection, entry.cells)),
         "csv_name": files.replace("/", "-") + ".csv",
         "files": files,
@@ -103,6 +116,27 @@ def _matrix(selection: Selection, cells: Sequence[Cell]) -> list[tuple[str, list
         line = [_matrix_cell(found.get((row, point)), plan.statistic) for row in plan.rows]
         lines.append((wording.point_value(point)[1], line))
     return lines
+
+
+def _sentences(selection: Selection) -> list[Sentence]:
+    """What the first seed of each row translated, sentence by sentence."""
+    first: dict[str, Run] = {}
+    for run in sorted(selection.runs, key=lambda run: run.seed):
+        if run.translations:
+            first.setdefault(run.row, run)
+    by_place: dict[tuple[str, int], list[tuple[str, Translation]]] = {}
+    for row in (row for row in selection.plan.rows if row in first):
+        for sentence in first[row].translations:
+            by_place.setdefault((sentence.split, sentence.line), []).append((row, sentence))
+    return [
+        Sentence(
+            place=f"{split}, line {line}",
+            source=found[0][1].source,
+            reference=found[0][1].reference,
+            translations=[(row, sentence.translation) for row, sentence in found],
+        )
+        for (split, line), found in sorted(by_place.items())
+    ]
 
 
 def _matrix_cell(cell: Cell | None, statistic: str) -> MatrixCell | None:

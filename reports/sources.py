@@ -1,4 +1,4 @@
-"""Reads results/runs.csv, metrics.csv and paper.csv, and refuses a file that does not hold what it should."""
+"""Reads the CSV files in results/, and refuses one that does not hold what it should."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from fwp_lightning.errors import UserError, sentence_of
-from fwp_lightning.results_csv import read_metrics
+from fwp_lightning.results_csv import read_metrics, read_translations
 from fwp_lightning.results_csv import read_runs as read_run_lines
 
 PAPER_COLUMNS = ("experiment", "row", "point", "split", "metric", "value", "source")
@@ -22,6 +22,17 @@ class Curve:
 
     steps: tuple[int, ...]
     values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A sentence that a run translated; source and reference are empty where a corpus may not be repeated."""
+
+    split: str
+    line: int
+    source: str
+    reference: str
+    translation: str
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,7 @@ class Run:
     deviations: str
     finished: str
     curves: Mapping[str, Curve] = field(default_factory=dict)
+    translations: tuple[Translation, ...] = ()
 
     @property
     def name(self) -> str:
@@ -81,20 +93,23 @@ class Results:
 
 
 def read_results(root: Path) -> Results:
-    """Reads the three CSV files below `root`/results; a file that is not there holds nothing."""
+    """Reads the CSV files below `root`/results; a file that is not there holds nothing."""
     folder = root / "results"
     curves = read_curves(folder / "metrics.csv")
-    runs = read_runs(folder / "runs.csv", curves)
+    runs = read_runs(folder / "runs.csv", curves, read_translated(folder / "translations.csv"))
     return Results(runs, read_references(folder / "paper.csv"))
 
 
-def read_runs(path: Path, curves: Mapping[str, Mapping[str, Curve]]) -> tuple[Run, ...]:
-    """Reads runs.csv and gives each run its curves."""
-    runs = [_run(line, curves.get(line["run_key"], {})) for line in read_run_lines(path)]
+def read_runs(
+    path: Path, curves: Mapping[str, Mapping[str, Curve]], translations: Mapping[str, tuple[Translation, ...]]
+) -> tuple[Run, ...]:
+    """Reads runs.csv and gives each run its curves and translations."""
+    lines = read_run_lines(path)
+    runs = [_run(line, curves.get(line["run_key"], {}), translations.get(line["run_key"], ())) for line in lines]
     return tuple(sorted(runs, key=lambda run: run.key))
 
 
-def _run(line: Mapping[str, str], curves: Mapping[str, Curve]) -> Run:
+def _run(line: Mapping[str, str], curves: Mapping[str, Curve], translations: tuple[Translation, ...]) -> Run:
     return Run(
         key=line["run_key"],
         experiment=line["experiment"],
@@ -112,6 +127,7 @@ def _run(line: Mapping[str, str], curves: Mapping[str, Curve]) -> Run:
         deviations=line["deviations"],
         finished=line["finished"],
         curves=curves,
+        translations=translations,
     )
 
 
@@ -125,6 +141,15 @@ def read_curves(path: Path) -> dict[str, dict[str, Curve]]:
         key: {name: Curve(*zip(*sorted(curve.items()), strict=True)) for name, curve in named.items()}
         for key, named in points.items()
     }
+
+
+def read_translated(path: Path) -> dict[str, tuple[Translation, ...]]:
+    """Reads translations.csv into the sentences of each run_key, in their order."""
+    found: dict[str, list[Translation]] = {}
+    for row in read_translations(path):
+        sentence = Translation(row["split"], int(row["line"]), row["source"], row["reference"], row["translation"])
+        found.setdefault(row["run_key"], []).append(sentence)
+    return {key: tuple(sorted(sentences, key=lambda s: (s.split, s.line))) for key, sentences in found.items()}
 
 
 def read_references(path: Path) -> dict[ReferenceKey, Reference]:

@@ -1,5 +1,6 @@
 """The command `fwp`: quick where it can be, one sentence where a user is mistaken."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -12,6 +13,8 @@ import yaml
 
 from fwp_lightning.cli import main
 from fwp_lightning.results import read_store
+from fwp_lightning.sweep.cost import on_this_machine
+from fwp_lightning.sweep.training import check_run
 from fwp_lightning.tracking import open_store
 
 TOY_TASK = str(Path(__file__).parent / "toy_task.py")
@@ -109,6 +112,17 @@ def test_a_dry_run_shows_the_runs_and_makes_no_store(fwp, toy):
     assert out.count("[new]") == 6
     assert "6 runs, 0 complete, 6 to train: no such run was measured yet" in out
     assert not (toy.root / "mlflow.db").exists()
+
+
+def test_a_dry_run_checks_runs_of_a_machine_that_this_is_not(toy):
+    runs = toy.runs()
+    away = dataclasses.replace(
+        runs[0],
+        config={**runs[0].config, "trainer": {**runs[0].config["trainer"], "accelerator": "gpu", "devices": 64}},
+    )
+    assert check_run(away) is not None
+    assert check_run(on_this_machine(away)) is None
+    assert on_this_machine(runs[0]) is runs[0]
 
 
 def test_a_dry_run_estimates_from_measured_runs(fwp, tracked, train, client):

@@ -184,6 +184,20 @@ def test_decoding_word_by_word_equals_teacher_forcing(name: str, replaced: str, 
         torch.testing.assert_close(step[real], whole[real, t], **(FLOAT32 if name == "softmax" else EXACT))
 
 
+@pytest.mark.parametrize("name", ["linear", "performer", "delta dpfp"])
+@pytest.mark.parametrize("left", [True, False])
+def test_padding_of_targets_changes_nothing_on_either_side(name: str, left: bool, batch: dict[str, Tensor]) -> None:
+    from fairseq.data import data_utils
+
+    model = build(TranslationAttention(ALL[name], replaced="decoder"))
+    together = log_probabilities(model, batch)
+    sentences = [words[words != 1] for words in batch["prev_output_tokens"]]
+    padded = data_utils.collate_tokens(sentences, 1, left_pad=left)
+    found = log_probabilities(model, {**batch, "prev_output_tokens": padded})
+    for words, expected, out in zip(padded, together, found, strict=True):
+        torch.testing.assert_close(out[words != 1], expected[: int((words != 1).sum())], **EXACT)
+
+
 @pytest.mark.parametrize("name", ["linear", "delta", "delta, both norms"])
 def test_state_does_not_grow_and_follows_the_beam(name: str, batch: dict[str, Tensor]) -> None:
     model = build(TranslationAttention(ALL[name], replaced=EVERYWHERE))
@@ -426,6 +440,29 @@ def test_user_mistakes_are_one_sentence(
         complaint = capsys.readouterr().err.strip().splitlines()[-1]
         assert complaint.startswith("fwp: error: ")
         assert said in complaint
+
+
+def test_data_that_do_not_fit_are_one_sentence(
+    corpus: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = write_corpus(tmp_path, {"train": 30, "valid": 5, "test": 5})
+    german = (raw / "valid.de").read_text().splitlines()
+    (raw / "valid.de").write_text("\n".join(german[:-1]) + "\n")
+    misaligned = preprocess(raw, tmp_path / "bin")
+    lines = tmp_path / "lines"
+    lines.write_text("the " * 2000 + "\n")
+    (tmp_path / "garbage.pt").write_text("no checkpoint")
+    path, training = f"--path={trained / 'checkpoint_last.pt'}", ["--arch=fwp_sum_tiny", "--no-save", *TRAINING]
+    mistakes: dict[str, list[str]] = {
+        "must contain the same number": ["fairseq-train", str(misaligned), *training],
+        "Size of sample #0 is invalid": ["fairseq-interactive", str(corpus), path, "--cpu", f"--input={lines}"],
+        "Could not infer language pair": ["fairseq-generate", str(tmp_path), path, "--cpu"],
+        "is damaged": ["fairseq-generate", str(corpus), f"--path={tmp_path / 'garbage.pt'}", "--cpu"],
+    }  # fmt: skip
+    for said, arguments in mistakes.items():
+        capsys.readouterr()
+        assert main(arguments) == 2, said
+        assert said in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.mark.slow

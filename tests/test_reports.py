@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 
 from fwp_lightning.errors import UserError
 from fwp_lightning.experiment import Project, experiment_names, load_experiment, resolve_runs
-from fwp_lightning.results_csv import METRIC_COLUMNS, RUN_COLUMNS
+from fwp_lightning.results_csv import METRIC_COLUMNS, RUN_COLUMNS, TRANSLATION_COLUMNS
 from reports import figures, paper_numbers, tables, wording
 from reports.__main__ import main, selections
 from reports.palette import DARK, LOOKS, looks_of
@@ -93,6 +93,7 @@ class Bench:
     runs: list[dict[str, str]] = field(default_factory=list)
     points: list[tuple[str, ...]] = field(default_factory=list)
     references: list[tuple[str, ...]] = field(default_factory=list)
+    translations: list[tuple[str, ...]] = field(default_factory=list)
 
     @property
     def project(self) -> Project:
@@ -136,6 +137,7 @@ class Bench:
         write_csv(folder / "runs.csv", [columns, *(list(run.values()) for run in self.runs)])
         write_csv(folder / "metrics.csv", [METRIC_COLUMNS, *self.points])
         write_csv(folder / "paper.csv", [PAPER_COLUMNS, *self.references])
+        write_csv(folder / "translations.csv", [TRANSLATION_COLUMNS, *self.translations])
         return self
 
     def selection(self, name: str = "figure8", profile: str = "short", protocol: str | None = None) -> Selection:
@@ -537,6 +539,25 @@ def test_page_is_self_contained_and_complete(full: Bench) -> None:
         assert text in html, text
 
 
+def test_sentences_stand_on_the_page_by_row_with_their_source_where_it_may_be_told(bench: Bench) -> None:
+    linear = bench.add(
+        "Linear Transformer", [9.0], experiment="table9", point="", protocol="corrected", metric="test/bleu"
+    )
+    delta = bench.add("Delta Network", [9.0], experiment="table9", point="", protocol="corrected", metric="test/bleu")
+    bench.translations = [
+        (delta, "test", "10", "", "", "zehnte"),
+        (delta, "test", "2", "two <b>", "zwei", "zweite delta"),
+        (linear, "test", "2", "two <b>", "zwei", "zweite linear"),
+    ]
+    assert bench.draw("table9") == 0
+    html = (bench.root / "reports/output/index.html").read_text()
+    assert "2 test sentences" in html
+    shown = ["test, line 2", "two &lt;b&gt;", "zwei", "zweite linear", "zweite delta", "test, line 10", "zehnte"]
+    places = [html.index(text) for text in shown]
+    assert places == sorted(places)
+    assert html.count("whose licence") == 1
+
+
 def test_figures_on_the_page_take_the_pages_colours(full: Bench) -> None:
     figure = figures.draw(full.selection(), full.cells())
     svg = figures.to_svg(figure, "here")
@@ -650,7 +671,7 @@ def test_value_that_is_no_number(full: Bench, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("damage", ["bytes", "nul", "folder"])
-@pytest.mark.parametrize("name", ["runs.csv", "metrics.csv", "paper.csv"])
+@pytest.mark.parametrize("name", ["runs.csv", "metrics.csv", "translations.csv", "paper.csv"])
 def test_file_that_is_no_csv(full: Bench, capsys: pytest.CaptureFixture[str], name: str, damage: str) -> None:
     path = full.write().root / "results" / name
     if damage == "folder":

@@ -4,6 +4,7 @@ import csv
 import errno
 import math
 import os
+import shutil
 import time
 
 import pytest
@@ -21,8 +22,9 @@ from fwp_lightning.results import (
     read_points,
     read_runs,
     read_store,
+    read_translations,
 )
-from fwp_lightning.tracking import RunRecorder
+from fwp_lightning.tracking import RunRecorder, open_store
 
 
 def record(tracked, client, key, *, row="plain", seed="1", point="n_keys=2", losses=(1.0,), status="FINISHED", **tags):
@@ -40,6 +42,20 @@ def record(tracked, client, key, *, row="plain", seed="1", point="n_keys=2", los
 
 def files(tracked):
     return tracked.root / "results" / "runs.csv", tracked.root / "results" / "metrics.csv"
+
+
+def record_translated(tracked, client, key, *translations):
+    """Put a run with translations into the store."""
+    lines = [f'test,{i},a b,"c, d",{text}\n' for i, text in enumerate(translations, start=1)]
+    recorder = record(tracked, client, key)
+    recorder.log_text("translations.csv", "split,line,source,reference,translation\n" + "".join(lines))
+    recorder.set_tags({"texts": "translations.csv"})
+    recorder.flush()
+
+
+def translations(tracked):
+    rows = read_translations(tracked.root / "results" / "translations.csv")
+    return [(row["run_key"], row["line"], row["reference"], row["translation"]) for row in rows]
 
 
 def test_an_export_holds_every_column_and_point(train, tracked, client):
@@ -95,6 +111,30 @@ def test_a_run_of_a_changed_configuration_replaces_the_former_one(tracked, clien
     assert done.superseded == 1
     assert [row["run_key"][0] for row in read_runs(files(tracked)[0])] == ["b", "c"]
     assert {row["run_key"][0] for row in read_metrics(files(tracked)[1])} == {"b", "c"}
+
+
+def test_translations_are_exported_and_outlive_the_store(tracked, client):
+    record_translated(tracked, client, "0" * 16, "e f", *"ghijklmnop")
+    export(client, tracked.project)
+    first = translations(tracked)
+    assert first[0] == ("0" * 16, "1", "c, d", "e f")
+    assert [line for _, line, _, _ in first] == [str(i) for i in range(1, 12)]
+    assert not export(client, tracked.project).changed
+    (run,) = read_store(client)
+    shutil.rmtree(client.download_artifacts(run.run_id, ""))
+    export(client, tracked.project)
+    assert translations(tracked) == first
+
+
+def test_translations_of_another_machine_stay(tracked, client):
+    record_translated(tracked, client, "0" * 16, "e f")
+    export(client, tracked.project)
+    before = translations(tracked)
+    (tracked.root / "mlflow.db").unlink()
+    other = open_store(tracked.project)
+    record(tracked, other, "1" * 16, row="steep")
+    export(other, tracked.project)
+    assert translations(tracked) == before
 
 
 def test_only_ended_runs_of_experiments_are_exported(tracked, client):

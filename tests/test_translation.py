@@ -1,10 +1,14 @@
 """Translation in Lightning: fairseq's numbers, its data read and checked, evaluation of every sentence, resuming."""
 
+import csv
+import dataclasses
 import gzip
+import io
 import itertools
 import json
 import logging
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +27,9 @@ from fwp_lightning.data.parallel_text import CORPORA, Pairs, Selection, read_cor
 from fwp_lightning.data.translation import TranslationData
 from fwp_lightning.errors import UserError
 from fwp_lightning.experiment import Project, load_experiment, resolve_runs
-from fwp_lightning.tasks.translation import EncoderDecoder, Search, TranslationTask, bleu
+from fwp_lightning.results_csv import TRANSLATION_COLUMNS
+from fwp_lightning.sweep.cost import measure
+from fwp_lightning.tasks.translation import EncoderDecoder, Search, TranslationTask, bleu, compound_split_bleu
 from fwp_lightning.translation import compatibility
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,6 +207,45 @@ def test_training_goes_on_with_dropout_after_a_validation(project: Path) -> None
     watched = Watching(DELTA, TINY, SEARCH, lr=3e-3, warmup_steps=4, max_steps=10)
     trainer(project).fit(watched, data())
     assert watched.modes == [True] * 10
+
+
+@needs_fairseq
+def test_checkpoints_convert_both_ways(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found, run, corpus = task(max_steps=10, keep_checkpoint=True), trainer(project), data()
+    run.fit(found, corpus)
+    run.test(found, corpus, verbose=False)
+    run.save_checkpoint(project / "ours.ckpt")
+    torch.save({"config": {}, **found.final()}, project / "final.ckpt")
+    convert = ["fairseq-convert", f"--input={project / 'ours.ckpt'}", f"--output={project / 'theirs.pt'}"]
+    assert main(convert) == 0
+    # fairseq translates as Lightning does, from the file that a complete run leaves and from a converted one
+    for name in ("theirs.pt", "final.ckpt"):
+        capsys.readouterr()
+        search = ["--beam=2", "--max-len-a=1", "--max-len-b=5", "--lenpen=0.6", "--max-tokens=4000"]
+        path = f"--path={project / name}"
+        assert main(["fairseq-generate", str(corpus.folder), path, "--cpu", "--scoring=sacrebleu", *search]) == 0
+        shown = capsys.readouterr().out
+        hypotheses = dict(re.findall(r"^H-(\d+)\t\S+\t(.*)$", shown, flags=re.MULTILINE))
+        assert {int(i): text for i, text in hypotheses.items()} == found._translations["test"]
+        score = float(re.search(r"BLEU = ([\d.]+)", shown)[1])  # type: ignore[index]
+        # fairseq prints two digits
+        assert found.logged["test/bleu"] == [pytest.approx(score, abs=0.006)]
+    back = ["fairseq-convert", f"--input={project / 'theirs.pt'}", f"--output={project / 'back.ckpt'}"]
+    assert main(back) == 0
+    other, second = task(max_steps=10), trainer(project)
+    second.test(other, data(), ckpt_path=project / "back.ckpt", weights_only=True, verbose=False)
+    assert other._translations == found._translations
+    assert other.steps == 10
+
+
+@needs_fairseq
+def test_what_is_no_translation_checkpoint_is_not_converted(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"state_dict": {}}, project / "other.ckpt")
+    (project / "text.ckpt").write_text("no checkpoint")
+    sentences = {"other.ckpt": "is no checkpoint of a", "text.ckpt": "is no checkpoint", "none.pt": "cannot be read"}
+    for name, said in sentences.items():
+        assert main(["fairseq-convert", f"--input={project / name}", f"--output={project / 'x'}"]) == 2
+        assert said in capsys.readouterr().err
 
 
 DDP_SCRIPT = """
@@ -429,6 +474,52 @@ def test_bleu_is_sacrebleus() -> None:
     assert score == pytest.approx(100 * (6 / 7 * 4 / 6 * 2 / 5 * 1 / 4) ** 0.25)
     title = yaml.safe_load((ROOT / "experiments" / "table1.yaml").read_text())["title"]
     assert signature.split("|version")[0] in title
+
+
+def test_compound_split_bleu_counts_the_parts_of_hyphenated_words() -> None:
+    pytest.importorskip("sacrebleu")
+    reference = ["ein gut-bekannter Mann geht heim."]
+    found = compound_split_bleu(["ein gut-genannter Mann geht heim."], reference)
+    # ein gut ##AT##-##AT## bekannter Mann geht heim . : one of 8 words is wrong, 2 of 7 pairs, 3 of 6, 4 of 5
+    assert found == pytest.approx(100 * (7 / 8 * 5 / 7 * 3 / 6 * 1 / 5) ** 0.25)
+    # whole words: one of 6 is wrong, and no four in a row are right
+    assert bleu(["ein gut-genannter Mann geht heim."], reference)[0] != pytest.approx(found, abs=1)
+
+
+@needs_fairseq
+def test_texts_of_a_run_are_what_the_export_reads(project: Path) -> None:
+    found, run, corpus = task(max_steps=5), trainer(project), data()
+    run.fit(found, corpus)
+    assert found.texts() == {}
+    run.test(found, corpus, verbose=False)
+    rows = list(csv.DictReader(io.StringIO(found.texts()["translations.csv"])))
+    assert [*rows[0]] == [*TRANSLATION_COLUMNS[1:]]
+    assert [(row["source"], row["translation"]) for row in rows] == [
+        (corpus.sources("test")[i], found._translations["test"][i]) for i in range(10)
+    ]
+    # a corpus that is not the suite's own is not repeated
+    found.data.corpus = "folder"
+    rows = list(csv.DictReader(io.StringIO(found.texts()["translations.csv"])))
+    assert {row["source"] + row["reference"] for row in rows} == {""}
+    assert rows[0]["translation"] == found._translations["test"][0]
+
+
+@needs_fairseq
+def test_cost_of_the_paper_profile_is_measured_without_corpus_or_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    smoke = resolve_runs(load_experiment("table1", Project(ROOT)), profile="smoke", rows=["DPFP-2"])[0]
+    small = {**smoke.config["model"]["init_args"], "max_steps": 3600}
+    config = {**smoke.config, "model": {**smoke.config["model"], "init_args": small}}
+    config["data"] = {**config["data"], "init_args": {**config["data"]["init_args"], "corpus": "wmt14"}}
+    config["trainer"] = {**config["trainer"], "accelerator": "gpu", "devices": 64, "precision": "16-mixed"}
+    cost = measure(dataclasses.replace(smoke, config=config))
+    assert cost is not None
+    assert 0 < cost.seconds < 60
+    # 3600 updates: as many hours as an update has seconds, for each device
+    assert f"{64 * cost.seconds:,.1f} " in cost.sentence()
+    assert main(["sweep", "table1", "--dry-run", "--measure", "--rows", "Linear"]) == 0
+    assert "200 updates on 1: 0." in capsys.readouterr().out
+    assert main(["sweep", "table1", "--measure"]) == 2
+    assert "belongs to --dry-run" in capsys.readouterr().err
 
 
 def test_table_has_the_papers_rows_its_table_6_and_ours() -> None:

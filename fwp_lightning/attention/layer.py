@@ -182,16 +182,17 @@ class FastWeightMemory(nn.Module):
         k_write, beta_write = k, beta
         if norm != "none":
             z_0 = k.new_zeros(k.shape[0], *k.shape[2:]) if state is None or state.z is None else state.z
-            z_BTHK = k.cumsum(1) + z_0.unsqueeze(1)
-            z_last = z_BTHK[:, -1] if k.shape[1] else z_0
+            # who reads after the last write needs the last sum alone
+            z_BTHK = k.cumsum(1) + z_0.unsqueeze(1) if causal else (k.sum(1) + z_0).unsqueeze(1)
+            z_last = z_BTHK[:, -1] if z_BTHK.shape[1] else z_0
         if norm == "both":
             assert z_BTHK is not None
             assert beta is not None
             k_write, beta_write = self._normalised_retrieval(k, beta, z_BTHK - k, fresh=state is None)
         o, memory = self._apply_rule(q, k_write, v, beta_write, state.memory if state else None, causal)
         if o is not None and q is not None and z_BTHK is not None:
-            z_read = z_BTHK if causal else z_BTHK[:, -1:]
-            o = o / ((z_read * q).sum(-1, keepdim=True) + self.config.attention_norm_eps)
+            read = (z_BTHK * q).sum(-1) if causal else torch.einsum("bthk,bhk->bth", q, z_BTHK[:, 0])
+            o = o / (read + self.config.attention_norm_eps).unsqueeze(-1)
         return o, MemoryState(memory, z_last)
 
     def _apply_rule(

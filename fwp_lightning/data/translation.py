@@ -230,6 +230,11 @@ class TranslationData(L.LightningDataModule):
         )
         return TranslationTask.setup_task(options)
 
+    @property
+    def may_be_quoted(self) -> bool:
+        """Whether results may repeat its sentences: those that are generated; a corpus has its own licence."""
+        return self.corpus == "grammar"
+
     def references(self, split: str) -> list[str]:
         """Return the translations of a split, as they stand in the corpus."""
         return self._sentences(split, self.target)

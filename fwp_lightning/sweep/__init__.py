@@ -112,12 +112,15 @@ def check_rows_here(pending: Iterable[Run], imports: Iterable[str]) -> None:
 
 def show_plan(runs: Iterable[Run], project: Project, jobs: int | None, imports: Iterable[str] = ()) -> None:
     """Check the rows of a sweep; print its runs, how many are complete and how long the others will take."""
+    from fwp_lightning.sweep.cost import on_this_machine
+
     read_results(project)
     # a dry run makes no store
     absent = project.store_file is not None and not project.store_file.exists()
     plan = plan_sweep(runs, None if absent else open_store(project), project)
     jobs = jobs or default_jobs(plan.runs)
-    check_rows_here(plan.pending, imports)
+    # what a run on another machine will be can be checked here
+    check_rows_here(map(on_this_machine, plan.pending), imports)
     out = console()
     for run in plan.runs:
         seconds = plan.estimate.seconds(run)
@@ -128,6 +131,19 @@ def show_plan(runs: Iterable[Run], project: Project, jobs: int | None, imports: 
     cost = f"about {duration(left)} with {counted(jobs, 'job')}" if left is not None else "no such run was measured yet"
     cost = cost if plan.pending else "nothing to train"
     out.print(f"{plan.sentence()}: {cost}", markup=False)
+
+
+def show_costs(runs: Iterable[Run], imports: Iterable[str] = ()) -> None:
+    """Time an update of every row on this machine and print what its runs will take; neither data nor GPU is needed."""
+    from fwp_lightning.sweep.cost import measure
+
+    for name in imports:
+        import_file(name)
+    out = console()
+    for run in rows_to_check(runs):
+        cost = measure(run)
+        said = cost.sentence() if cost else f"{run.row}: an update of this task is not measured without its data"
+        out.print(said, markup=False, soft_wrap=True)
 
 
 def run_sweep(

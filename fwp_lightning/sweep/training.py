@@ -537,22 +537,32 @@ def _fit(run: Run, recorder: RunRecorder, shared: Circumstances, folder: Path) -
         trainer.test(task, cli.datamodule, verbose=False)
     if diverged is None:
         write_final(task, run.config, folder)
+        record_texts(task, recorder)
     recorder.log_points(measurements.summary(trainer, task), steps_of(trainer, task))
     return diverged
 
 
 def write_final(task: LightningModule, config: Config, folder: Path) -> None:
     """Write what a task wants kept of a complete run to final.ckpt; a full disk costs the file, not the run."""
-    final = getattr(task, "final", None)
-    if final is None:
+    content: dict[str, Any] = getattr(task, "final", dict)()
+    if not content:
         return
     partial = folder / f"{FINAL}.tmp"
     try:
-        torch.save({"config": config, **final()}, partial)
+        torch.save({"config": config, **content}, partial)
         partial.replace(folder / FINAL)
     except (OSError, RuntimeError) as error:
         log.warning("no %s in %s: %s", FINAL, folder, sentence_of(error))
         partial.unlink(missing_ok=True)
+
+
+def record_texts(task: LightningModule, recorder: RunRecorder) -> None:
+    """Record what a complete run leaves to be read, by file name, and in a tag which texts there are."""
+    texts: dict[str, str] = getattr(task, "texts", dict)()
+    for name, text in texts.items():
+        recorder.log_text(name, text)
+    if texts:
+        recorder.set_tags({"texts": ",".join(texts)})
 
 
 def divergence_of(task: LightningModule, measurements: Measurements) -> str | None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import os
+import re
+import time
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import lightning as L
@@ -17,8 +23,13 @@ from torch import Tensor, nn
 from fwp_lightning.attention import AttentionConfig
 from fwp_lightning.data.translation import Sample, Sentences, TranslationData
 from fwp_lightning.translation import compatibility
+from fwp_lightning.translation.checkpoints import fairseq_checkpoint
 from fwp_lightning.translation.choice import TranslationAttention, flatten
 
+HYPHEN = re.compile(r"(\S)-(\S)")
+SENTENCE_TOKENS = 28
+"""Length of the sentences that an update is timed with: the mean of WMT14's, in subwords."""
+CPU_TOKENS = 8 * SENTENCE_TOKENS
 N_SHOWN = 10
 """Test sentences whose translations are written out."""
 
@@ -109,7 +120,7 @@ class TranslationTask(L.LightningModule):
             clip_norm: largest norm of the gradient; 0: any.
             label_smoothing: probability that is spread over all words.
             max_steps: updates of training.
-            keep_checkpoint: keep the last checkpoint of a complete run.
+            keep_checkpoint: keep the best weights of a complete run, in final.ckpt, which fairseq's tools read.
         """
         super().__init__()
         for name, number in [("lr", lr), ("max_steps", max_steps), ("warmup_steps", warmup_steps), ("eps", eps)]:
@@ -175,10 +186,13 @@ class TranslationTask(L.LightningModule):
 
         from fwp_lightning.translation.architectures import FastWeightTransformer
 
-        arguments = self.model_arguments()
-        arguments.max_source_positions = arguments.max_target_positions = data.max_length
         utils.set_torch_seed(self.seed)
-        return FastWeightTransformer.build_model(arguments, task)
+        return FastWeightTransformer.build_model(self._built_arguments(data), task)
+
+    def _built_arguments(self, data: TranslationData | None = None) -> Namespace:
+        """The arguments of the model with what follows from the data."""
+        length = (data or self.data).max_length
+        return Namespace(**vars(self.model_arguments()), max_source_positions=length, max_target_positions=length)
 
     def configure_model(self) -> None:
         """Build the model once the data are known."""
@@ -277,6 +291,35 @@ class TranslationTask(L.LightningModule):
         optimizer.step()
         self._steps += 1
 
+    def time_update(self, data: TranslationData, device: torch.device, precision: str) -> float:
+        """Return the seconds of an update on one device, of sentences of random words: no corpus is needed.
+
+        On a CPU a part of a micro-batch is timed, and its time taken to grow with its tokens.
+        """
+        compatibility.install()
+        from fairseq.data import Dictionary
+
+        words = Dictionary()
+        for i in range(max(data.subwords, 100) - len(words)):
+            words.add_symbol(str(i))
+        task = SimpleNamespace(source_dictionary=words, target_dictionary=words)
+        from fwp_lightning.translation.architectures import FastWeightTransformer
+
+        model = FastWeightTransformer.build_model(self._built_arguments(data), task).to(device).train()
+        n_tokens = min(data.max_tokens, CPU_TOKENS) if device.type == "cpu" else data.max_tokens
+        shape = (max(n_tokens // SENTENCE_TOKENS, 1), SENTENCE_TOKENS)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
+
+        def micro_batch() -> None:
+            source, target = (torch.randint(words.nspecial, len(words), shape, device=device) for _ in range(2))
+            lengths = torch.full(shape[:1], SENTENCE_TOKENS, device=device)
+            with torch.autocast(device.type, torch.float16, enabled=precision == "16-mixed"):
+                log_probs = model.get_normalized_probs(model(source, lengths, target), log_probs=True)
+            (-log_probs.gather(-1, target.unsqueeze(-1)).sum() - self.label_smoothing * log_probs.mean()).backward()
+
+        seconds = _seconds_of(micro_batch, device) * data.max_tokens / (shape[0] * shape[1])
+        return seconds * data.accumulation + _seconds_of(optimizer.step, device)
+
     # --- evaluation
 
     def on_validation_epoch_start(self) -> None:
@@ -293,7 +336,8 @@ class TranslationTask(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log BLEU; keep the weights if they are the best so far."""
-        score = self._bleu("valid")
+        self._gather("valid")
+        score = bleu(*self._scored("valid"))[0]
         self._log("valid/bleu_in_training", score)
         if self.trainer.sanity_checking or self.trainer.state.fn != TrainerFn.FITTING:
             return
@@ -317,7 +361,9 @@ class TranslationTask(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log BLEU of every split; write some translations out."""
         for split in self.data.test_splits:
-            self._log(f"{split}/bleu", self._bleu(split))
+            self._gather(split)
+            self._log(f"{split}/bleu", bleu(*self._scored(split))[0])
+            self._log(f"{split}/bleu_compound_split", compound_split_bleu(*self._scored(split)))
         if self.trainer.is_global_zero:
             self._write_translations("test")
 
@@ -345,28 +391,46 @@ class TranslationTask(L.LightningModule):
             tokens = dictionary.string(hypotheses[0]["tokens"].int().cpu(), unk_string="<<unk>>")
             translations[index] = self.data.join(tokens)
 
-    def _bleu(self, split: str) -> float:
-        """Return sacreBLEU of all sentences of a split, those that other processes translated included."""
+    def _gather(self, split: str) -> None:
+        """Collect what other processes have translated of a split, and check that no sentence is missing."""
         translations = self._translations[split]
         if self.trainer.world_size > 1:
             gathered: list[Any] = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(gathered, translations)
             translations = {index: text for part in gathered for index, text in part.items()}
             self._translations[split] = translations
-        references = self.data.references(split)
-        if sorted(translations) != list(range(len(references))):
-            raise RuntimeError(f"{len(translations)} translations of the {len(references)} sentences of {split}")
-        return bleu([translations[index] for index in range(len(references))], references)[0]
+        n = len(self.data.references(split))
+        if sorted(translations) != list(range(n)):
+            raise RuntimeError(f"{len(translations)} translations of the {n} sentences of {split}")
+
+    def _scored(self, split: str) -> tuple[list[str], list[str]]:
+        """Translations of a split in its order, and their references."""
+        translations, references = self._translations[split], self.data.references(split)
+        return [translations[index] for index in range(len(references))], references
 
     def _write_translations(self, split: str) -> None:
-        sources, references = self.data.sources(split), self.data.references(split)
-        lines = [
-            f"source       {sources[i]}\nreference    {references[i]}\ntranslation  {self._translations[split][i]}\n"
-            for i in range(min(N_SHOWN, len(sources)))
-        ]
+        lines = [f"source       {s}\nreference    {r}\ntranslation  {t}\n" for s, r, t in self._shown(split)]
         folder = Path(self.trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "translations.txt").write_text("\n".join(lines), encoding="utf-8")
+
+    def texts(self) -> dict[str, str]:
+        """Return some test sentences with their translations, as a CSV file; sentences of others are not repeated."""
+        if not self._translations.get("test"):
+            return {}
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(("split", "line", "source", "reference", "translation"))
+        quotes = self.data.may_be_quoted
+        for i, (source, reference, translation) in enumerate(self._shown("test"), start=1):
+            writer.writerow(["test", i, *((source, reference) if quotes else ("", "")), translation])
+        return {"translations.csv": buffer.getvalue()}
+
+    def _shown(self, split: str) -> list[tuple[str, str, str]]:
+        """The first sentences of a split, their translations in the corpus and by the model."""
+        sources, references = self.data.sources(split), self.data.references(split)
+        n = min(N_SHOWN, len(sources))
+        return [(sources[i], references[i], self._translations[split][i]) for i in range(n)]
 
     def _log(self, name: str, value: float, n: int = 1) -> None:
         self.log(name, value, on_step=False, on_epoch=True, batch_size=n, sync_dist=self.trainer.world_size > 1)
@@ -374,18 +438,57 @@ class TranslationTask(L.LightningModule):
 
     # --- checkpoints
 
+    def final(self) -> dict[str, Any]:
+        """Return what is kept of a complete run, if anything: the best weights as a checkpoint of fairseq."""
+        if not self.keep_checkpoint:
+            return {}
+        weights = self._best if self._best is not None else self.model.state_dict()
+        return fairseq_checkpoint(weights, vars(self._built_arguments()), self.steps)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the best weights."""
-        checkpoint["translation"] = {"best": self._best, "best_bleu": self._best_bleu}
+        """Add the best weights, and the arguments with which fairseq builds the model."""
+        arguments = vars(self._built_arguments())
+        checkpoint["translation"] = {"best": self._best, "best_bleu": self._best_bleu, "arguments": arguments}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the best weights over."""
         self._best, self._best_bleu = checkpoint["translation"]["best"], checkpoint["translation"]["best_bleu"]
 
 
-def bleu(translations: list[str], references: list[str], *, tokenize: str = "13a") -> tuple[float, str]:
+def _seconds_of(work: Callable[[], Any], device: torch.device, times: int = 2) -> float:
+    """The seconds that work takes once it is warm."""
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    for _ in range(times):
+        work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - started) / times
+
+
+def bleu(translations: list[str], references: list[str]) -> tuple[float, str]:
     """Return sacreBLEU's corpus BLEU, in percent, and its signature."""
     from sacrebleu.metrics import BLEU
 
-    metric = BLEU(tokenize=tokenize)
+    metric = BLEU()
     return float(metric.corpus_score(translations, [references]).score), str(metric.get_signature())
+
+
+def compound_split_bleu(translations: list[str], references: list[str]) -> float:
+    """Return BLEU of tokenised text whose hyphenated words are split, in percent: fairseq's compound_split_bleu.sh.
+
+    It is higher than sacreBLEU's and not comparable with it. The tokens are those of mteval's v13a, where fairseq has
+    those of Moses.
+    """
+    from sacrebleu.metrics import BLEU
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    tokenize = Tokenizer13a()
+
+    def split(sentence: str) -> str:
+        return HYPHEN.sub(r"\1 ##AT##-##AT## \2", tokenize(sentence))
+
+    metric = BLEU(tokenize="none", force=True)
+    return float(metric.corpus_score([*map(split, translations)], [[*map(split, references)]]).score)

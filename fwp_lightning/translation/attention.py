@@ -96,6 +96,9 @@ class RegistryAttention(nn.Module):
         else:
             if incremental_state is None and attn_mask is None and query.shape[0] > 1:
                 raise ValueError("decoder attention is causal here: full_context_alignment cannot be had")
+            if incremental_state is None and written is not None and bool(written[:, 0].all()):
+                # padding behind a sentence cannot reach it, and without it the compiled recurrence does all
+                written = None
             state = self._kept(incremental_state)
             o, state = self.memory(q, *self._pairs(query), state, causal=True, written=written)
             self._keep(incremental_state, state)

@@ -1,10 +1,11 @@
-"""fairseq checkpoints: averaged over the last ones, as the WMT recipes do (the paper does not)."""
+"""Checkpoints: from Lightning to fairseq and back, and averaged as the WMT recipes do (the paper does not)."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from fwp_lightning.errors import UserError, sentence_of
 
 EPOCH = re.compile(r"checkpoint(\d+)\.pt")
+MODEL = "model."
+"""What the names of a model's parameters begin with in a Lightning checkpoint."""
 UPDATE = re.compile(r"checkpoint_\d+_(\d+)\.pt")
 
 
@@ -44,6 +47,62 @@ def average_command(arguments: Sequence[str]) -> int:
     return 0
 
 
+def convert_command(arguments: Sequence[str]) -> int:
+    """Run `fairseq-convert`."""
+    parser = argparse.ArgumentParser(
+        prog="fwp fairseq-convert",
+        description="Make a fairseq checkpoint of a translation run's Lightning checkpoint, or the other way.",
+        epilog="fairseq's own tools read the former; fwp test, with --ckpt_path, and further training the latter.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--input", required=True, metavar="FILE", help="a checkpoint of Lightning or of fairseq")
+    parser.add_argument("--output", required=True, metavar="FILE", help="where the other one goes")
+    options = parser.parse_args(arguments)
+    state = load_plain(Path(options.input))
+    if "state_dict" in state and "translation" in state:
+        kept, found = state["translation"], "a Lightning"
+        weights = kept["best"] or _without_prefix(state["state_dict"])
+        converted = fairseq_checkpoint(weights, kept["arguments"], int(state["state_dict"]["_steps"]))
+    elif "model" in state:
+        converted, found = lightning_checkpoint(state), "a fairseq"
+    else:
+        raise UserError(f"{options.input} is no checkpoint of a translation model, neither Lightning's nor fairseq's.")
+    torch.save(converted, options.output)
+    print(f"{options.output}: the model of {options.input}, {found} checkpoint")
+    return 0
+
+
+def fairseq_checkpoint(weights: Mapping[str, Tensor], arguments: Mapping[str, Any], n_updates: int) -> dict[str, Any]:
+    """Return what fairseq's tools read: the weights, and the arguments that build their model; no optimiser."""
+    names = {"criterion_name": "LabelSmoothedCrossEntropyCriterion", "optimizer_name": "FairseqAdam"}
+    return {
+        "args": argparse.Namespace(**arguments, task="translation"),
+        "model": dict(weights),
+        "optimizer_history": [{**names, "lr_scheduler_state": {}, "num_updates": n_updates}],
+        "extra_state": {},
+    }
+
+
+def lightning_checkpoint(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what Lightning reads: the weights of a fairseq checkpoint, and how many updates made them."""
+    import lightning as L
+
+    weights = {f"{MODEL}{name}": value for name, value in state["model"].items()}
+    n_updates = state["optimizer_history"][-1]["num_updates"]
+    counts = {"_steps": torch.tensor(n_updates), "_tokens": torch.tensor(0)}
+    return {
+        "state_dict": {**weights, **counts},
+        "translation": {"best": None, "best_bleu": -math.inf, "arguments": {}},
+        "pytorch-lightning_version": L.__version__,
+        "epoch": 0,
+        "global_step": n_updates,
+    }
+
+
+def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(MODEL): value for name, value in state.items() if name.startswith(MODEL)}
+
+
 def last_checkpoints(folder: Path, number: int, *, pattern: re.Pattern[str] = EPOCH) -> list[Path]:
     """Return the last ``number`` checkpoints of a folder, the newest first; too few are an error."""
     found = [(int(match[1]), path) for path in folder.glob("*.pt") if (match := pattern.fullmatch(path.name))]
@@ -72,13 +131,21 @@ def _mean(values: list[Tensor]) -> Tensor:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return what a fairseq checkpoint holds; tensors and plain values only, no code is run."""
+    """Return what a fairseq checkpoint holds."""
+    state = load_plain(path)
+    if "model" not in state:
+        raise UserError(f"{path} is no checkpoint of fairseq: it holds no model.")
+    return state
+
+
+def load_plain(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds; tensors and plain values only, no code is run."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {sentence_of(error)}.") from error
     except Exception as error:
-        raise UserError(f"{path} is no checkpoint of fairseq: {sentence_of(error)[:200]}") from error
-    if not isinstance(state, dict) or "model" not in state:
-        raise UserError(f"{path} is no checkpoint of fairseq: it holds no model.")
+        raise UserError(f"{path} is no checkpoint: {sentence_of(error)[:200]}") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} is no checkpoint: it holds no model.")
     return state

@@ -13,7 +13,7 @@ from typing import Any
 
 from fwp_lightning.errors import UserError, sentence_of
 
-# tool -> what it does; all but the last are fairseq's
+# tool -> what it does; all but the last two are fairseq's
 TOOLS = {
     "preprocess": "make a data-bin folder of parallel text",
     "train": "train a model, resuming from its last checkpoint",
@@ -22,6 +22,7 @@ TOOLS = {
     "validate": "compute the loss on a split",
     "score": "score a translation",
     "average": "average the parameters of checkpoints",
+    "convert": "turn a checkpoint of Lightning into one of fairseq, or back",
 }
 TAKE_USER_DIR = ("preprocess", "train", "generate", "interactive", "validate")
 # fairseq imports the folder under its own name
@@ -39,10 +40,10 @@ def run(tool: str, arguments: Sequence[str], prepare: Sequence[Preparation] = ()
     install()
     for step in prepare:
         step()
-    if tool == "average":
-        from fwp_lightning.translation.checkpoints import average_command
+    if tool in ("average", "convert"):
+        from fwp_lightning.translation.checkpoints import average_command, convert_command
 
-        return average_command(arguments)
+        return {"average": average_command, "convert": convert_command}[tool](arguments)
     architectures = importlib.import_module("fwp_lightning.translation.architectures")
     _spawn_patched_processes(prepare)
     asks_for_help = {"-h", "--help"} & set(arguments)
@@ -66,8 +67,14 @@ def run(tool: str, arguments: Sequence[str], prepare: Sequence[Preparation] = ()
 def _known(error: Exception) -> str | None:
     """Return what is wrong where fairseq raises something general for a user's mistake."""
     text = " ".join(str(error).split())
-    if type(error) is Exception and "architectures match" in text:
-        return f"{text} {sentence_of(error.__context__)[:400]}" if error.__context__ else text
+    if type(error) is Exception:
+        # so general a type is fairseq's own way to talk to its user
+        reason = f" {sentence_of(error.__context__)[:400]}" if error.__context__ else ""
+        return text + (reason if "architectures match" in text else "")
+    if isinstance(error, AssertionError) and "same number of examples" in text:
+        return f"{text}: line by line they must be translations of each other; make the data-bin folder anew."
+    if isinstance(error, pickle.UnpicklingError):
+        return "the checkpoint is damaged, or holds more than tensors and plain values, and is not read."
     if isinstance(error, RuntimeError) and "loading state_dict" in text:
         return f"the checkpoint is of another architecture or dictionary: {text[:400]}"
     return None

@@ -97,6 +97,8 @@ def _quieten() -> None:
     for module in ("fairseq", "hydra"):
         warnings.filterwarnings("ignore", module=rf"{module}\..*")
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
+    # fairseq's decoder gives masks of booleans and of numbers to torch's attention
+    warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask and attn_mask")
     # hydra's own are shown at the line that called it
     warnings.filterwarnings("ignore", message=r"(?s).*hydra\.cc/docs.*")
     logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
