@@ -162,7 +162,7 @@ class _Problem(ctypes.Structure):
         + [(name, ctypes.c_double) for name in ("key_eps", "query_eps", "readout_eps", "input_scale")]
         + [(name, ctypes.c_int64) for name in ("n_steps", "steps_done")]
         + [(name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "adam_eps")]
-        + [(name, ctypes.c_void_p) for name in ("gemm", "keys", "values", "queries", "targets", "directions")]
+        + [(name, ctypes.c_void_p) for name in ("keys", "values", "queries", "targets", "directions")]
         + [("directions_per_step", ctypes.c_int64), ("losses", ctypes.c_void_p), ("scratch", ctypes.c_void_p)]
         + [(name, _Pointers) for name in ("parameters", "gradients", "means", "squares")]
     )
@@ -219,7 +219,6 @@ def _problem(
         readout_eps=memory.attention_norm_eps,
         input_scale=memory.input_scale,
         n_steps=n_steps,
-        gemm=_gemm(losses.dtype),
         keys=batches.keys.data_ptr(),
         values=batches.values.data_ptr(),
         queries=batches.queries.data_ptr(),
@@ -264,15 +263,3 @@ def _check(memory: PairMemory, parameters: PairParameters, batches: PairBatches,
 
 def _pointers(tensors: PairParameters) -> Any:
     return _Pointers(*(None if x is None else x.data_ptr() for x in tensors))
-
-
-@functools.cache
-def _gemm(dtype: torch.dtype) -> int:
-    """Address of BLAS's matrix product: SciPy hands out the one it is linked with."""
-    from scipy.linalg import cython_blas  # type: ignore[import-untyped]
-
-    capsule = cython_blas.__pyx_capi__["sgemm" if dtype == torch.float32 else "dgemm"]
-    name, pointer = ctypes.pythonapi.PyCapsule_GetName, ctypes.pythonapi.PyCapsule_GetPointer
-    name.restype, name.argtypes = ctypes.c_char_p, [ctypes.py_object]
-    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    return int(pointer(capsule, name(capsule)))

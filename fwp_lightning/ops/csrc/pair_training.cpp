@@ -12,6 +12,7 @@
 
 #include "fwm_memory.h"
 #include "lanes.h"
+#include "small_matmul.h"
 
 namespace {
 
@@ -23,10 +24,8 @@ enum Parameter { EMBEDDING = 0, W_K, B_K, W_Q, B_Q, W_BETA, B_BETA, PARAMETERS }
 
 constexpr double LAYER_NORM_EPS = 1e-5;
 
-// C = alpha op(A) op(B) + beta C, column-major, as BLAS has it
-template <class Real>
-using Gemm = void (*)(const char *, const char *, const int *, const int *, const int *, const Real *, const Real *, const int *,
-                      const Real *, const int *, const Real *, Real *, const int *);
+// of the right factor of a product, which every tile of rows reads again: it shall stay in the second cache
+constexpr int64_t PANEL_BYTES = 256 * 1024;
 
 template <class Real> struct Problem {
     int64_t batch, pairs, n_keys, n_embedding, size;  // B, T, S, e, D
@@ -34,7 +33,6 @@ template <class Real> struct Problem {
     double key_eps, query_eps, readout_eps, input_scale;
     int64_t n_steps, steps_done;
     double lr, beta1, beta2, adam_eps;
-    Gemm<Real> gemm;
     const int64_t *keys, *values, *queries, *targets;  // [N, B, T], [N, B, T], [N, B], [N, B]
     const Real *directions;                            // [N or 1, m, D]
     int64_t directions_per_step;
@@ -181,6 +179,7 @@ template <class Real, int64_t SIZE> class Training {
         features = p.map == DPFP ? p.nu * ring() : p.map == FAVOR ? 2 * directions_row : row();
         ring_pad = padded(p.nu), ring_row = ring_pad + ring() + padded(p.nu) + LANES;
         key_table = take(S * row()), value_table = take(S * row()), grad_key_table = take(S * row()), grad_value_table = take(S * row());
+        transposed = take(std::max(e * row(), D() * directions_row));
         query = take(B * row()), grad_query = take(B * row()), queried = take(B * e), grad_queried = take(B * e);
         key_exp = take(p.map == ELU ? S * row() : 0), value_exp = take(p.map == ELU ? S * row() : 0);
         key_beta = take(S), value_beta = take(S), grad_key_beta = take(S), grad_value_beta = take(S);
@@ -201,31 +200,56 @@ template <class Real, int64_t SIZE> class Training {
         memory_kept = take(fwm_kept_numbers(one)), memory_scratch = take(fwm_scratch_numbers(one));
     }
 
-    // row-major C [rows, columns] = op(A) op(B) + keep C; a transposed operand lies in memory as its transpose
-    void product(bool transpose_a, bool transpose_b, int64_t rows, int64_t columns, int64_t inner, const Real *A, int64_t lda,
-                 const Real *Bm, int64_t ldb, Real keep, Real *C, int64_t ldc) const {
-        const int n = columns, k = inner, r = rows, a = lda, b = ldb, c = ldc;
-        const Real one = 1;
-        if (n > 0 && r > 0) p.gemm(transpose_b ? "T" : "N", transpose_a ? "T" : "N", &n, &r, &k, &one, Bm, &b, A, &a, &keep, C, &c);
+    // row-major C [rows, columns] = A B + keep C with B [inner, columns]; columns that no vector covers go one by one
+    void product(Factor<Real> A, int64_t rows, int64_t columns, int64_t inner, const Real *right, int64_t ldb, Real keep, Real *C,
+                 int64_t ldc) const {
+        const int64_t step = TILE_VECTORS * FULL<Real>, fitting = PANEL_BYTES / (inner * int64_t(sizeof(Real))) / step * step;
+        const int64_t whole = columns / NARROW<Real> * NARROW<Real>, panel = std::max(step, fitting);
+        for (int64_t j = 0; j < whole; j += panel) {
+            const int64_t n = std::min(panel, whole - j);
+            if (A.row == 1)
+                multiply<true>(C + j, ldc, keep, A, right + j, ldb, rows, n, inner);
+            else
+                multiply<false>(C + j, ldc, keep, A, right + j, ldb, rows, n, inner);
+        }
+        if (whole == columns) return;
+        if (keep == 0 && whole > 0) {
+            // the last whole vector once more, to the end
+            const int64_t j = columns - NARROW<Real>;
+            return product(A, rows, NARROW<Real>, inner, right + j, ldb, 0, C + j, ldc);
+        }
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t j = whole; j < columns; ++j) {
+                Real sum = 0;
+                for (int64_t l = 0; l < inner; ++l) sum += A.data[i * A.row + l * A.column] * right[l * ldb + j];
+                C[i * ldc + j] = keep * C[i * ldc + j] + sum;
+            }
+    }
+    // C [rows, columns] = A [rows, inner] B^T + keep C with B [columns, inner] in memory; rows of C are padded
+    void product_with_transpose(const Real *A, int64_t lda, int64_t rows, int64_t columns, int64_t inner, const Real *right, int64_t ldb,
+                                Real keep, Real *C, int64_t ldc) const {
+        const int64_t width = padded(columns);
+        transpose(transposed, width, width, right, ldb, columns, inner);
+        product({A, lda, 1}, rows, width, inner, transposed, width, keep, C, ldc);
     }
 
     // ---- projections: keys are sums of two table rows ----
     void project() {
         const Real *E = p.parameters[EMBEDDING], *W = p.parameters[W_K];
         for (int64_t i = 0; i < S; ++i) std::copy_n(p.parameters[B_K], D(), key_table + i * row());
-        product(false, true, S, D(), e, E, e, W + S, p.n_pair(), 1, key_table, row());
+        product_with_transpose(E, e, S, D(), e, W + S, p.n_pair(), 1, key_table, row());
         for (int64_t d = 0; d < D(); ++d)
             for (int64_t j = 0; j < S; ++j) value_table[j * row() + d] = W[d * p.n_pair() + j];
         for (int64_t b = 0; b < B; ++b) {
             std::copy_n(E + queries[b] * e, e, queried + b * e);
             std::copy_n(p.parameters[B_Q], D(), query + b * row());
         }
-        product(false, true, B, D(), e, queried, e, p.parameters[W_Q], e, 1, query, row());
+        product_with_transpose(queried, e, B, D(), e, p.parameters[W_Q], e, 1, query, row());
         if (p.has_beta()) {
             const Real *w = p.parameters[W_BETA];
             std::copy_n(w, S, value_beta);
             std::fill_n(key_beta, S, *p.parameters[B_BETA]);
-            product(false, false, S, 1, e, E, e, w + S, 1, 1, key_beta, 1);
+            for (int64_t i = 0; i < S; ++i) key_beta[i] += inner_product(E + i * e, w + S, e);
             std::fill_n(grad_key_beta, S, Real(0));
             std::fill_n(grad_value_beta, S, Real(0));
         }
@@ -240,23 +264,31 @@ template <class Real, int64_t SIZE> class Training {
         Real *const *g = p.gradients;
         for (int64_t d = 0; d < D(); ++d)
             for (int64_t j = 0; j < S; ++j) g[W_K][d * p.n_pair() + j] = grad_value_table[j * row() + d];
-        product(true, false, D(), e, S, grad_key_table, row(), E, e, 0, g[W_K] + S, p.n_pair());
-        product(false, false, S, e, D(), grad_key_table, row(), W + S, p.n_pair(), 0, g[EMBEDDING], e);
+        product({grad_key_table, 1, row()}, D(), e, S, E, e, 0, g[W_K] + S, p.n_pair());
+        product({grad_key_table, row(), 1}, S, e, D(), W + S, p.n_pair(), 0, g[EMBEDDING], e);
         column_sums(grad_key_table, S, g[B_K]);
-        product(true, false, D(), e, B, grad_query, row(), queried, e, 0, g[W_Q], e);
+        product({grad_query, 1, row()}, D(), e, B, queried, e, 0, g[W_Q], e);
         column_sums(grad_query, B, g[B_Q]);
-        product(false, false, B, e, D(), grad_query, row(), p.parameters[W_Q], e, 0, grad_queried, e);
+        product({grad_query, row(), 1}, B, e, D(), p.parameters[W_Q], e, 0, grad_queried, e);
         for (int64_t b = 0; b < B; ++b)
             for (int64_t i = 0; i < e; ++i) g[EMBEDDING][queries[b] * e + i] += grad_queried[b * e + i];
         if (!p.has_beta()) return;
         const Real *w = p.parameters[W_BETA] + S;
         std::copy_n(grad_value_beta, S, g[W_BETA]);
-        product(false, false, 1, e, S, grad_key_beta, S, E, e, 0, g[W_BETA] + S, e);
-        product(false, false, S, e, 1, grad_key_beta, 1, w, e, 1, g[EMBEDDING], e);
+        product({grad_key_beta, S, 1}, 1, e, S, E, e, 0, g[W_BETA] + S, e);
+        product({grad_key_beta, 1, 1}, S, e, 1, w, e, 1, g[EMBEDDING], e);
         *g[B_BETA] = 0;
         for (int64_t i = 0; i < S; ++i) *g[B_BETA] += grad_key_beta[i];
     }
 
+    static Real inner_product(const Real *a, const Real *b, int64_t n) {
+        V sum{};
+        int64_t i = 0;
+        for (; i + LANES <= n; i += LANES) sum += load<V>(a + i) * load<V>(b + i);
+        Real rest = 0;
+        for (; i < n; ++i) rest += a[i] * b[i];
+        return total(sum) + rest;
+    }
     void column_sums(const Real *rows, int64_t n, Real *sums) const {
         std::fill_n(sums, D(), Real(0));
         for (int64_t i = 0; i < n; ++i)
@@ -729,9 +761,9 @@ template <class Real, int64_t SIZE> class Training {
         for (Real *table : {key_table, value_table})
             for (int64_t i = 0; i < S * row(); ++i) table[i] *= s;
         for (int64_t i = 0; i < B * row(); ++i) query[i] *= s;
-        product(false, true, S, m, D(), key_table, row(), directions, D(), 0, key_projected, directions_row);
-        product(false, true, S, m, D(), value_table, row(), directions, D(), 0, value_projected, directions_row);
-        product(false, true, B, m, D(), query, row(), directions, D(), 0, query_projected, directions_row);
+        product_with_transpose(key_table, row(), S, m, D(), directions, D(), 0, key_projected, directions_row);
+        product_with_transpose(value_table, row(), S, m, D(), directions, D(), 0, value_projected, directions_row);
+        product_with_transpose(query, row(), B, m, D(), directions, D(), 0, query_projected, directions_row);
         powers(key_projected, key_powers, key_peak);
         powers(value_projected, value_powers, value_peak);
         for (Real *table : {grad_key_projected, grad_value_projected}) std::fill_n(table, S * directions_row, Real(0));
@@ -759,9 +791,9 @@ template <class Real, int64_t SIZE> class Training {
     }
     void project_on_directions_backward() {
         const Real s = p.input_scale;
-        product(false, false, S, D(), m, grad_key_projected, directions_row, directions, D(), 1, grad_key_table, row());
-        product(false, false, S, D(), m, grad_value_projected, directions_row, directions, D(), 1, grad_value_table, row());
-        product(false, false, B, D(), m, grad_query_projected, directions_row, directions, D(), 1, grad_query, row());
+        product({grad_key_projected, directions_row, 1}, S, D(), m, directions, D(), 1, grad_key_table, row());
+        product({grad_value_projected, directions_row, 1}, S, D(), m, directions, D(), 1, grad_value_table, row());
+        product({grad_query_projected, directions_row, 1}, B, D(), m, directions, D(), 1, grad_query, row());
         for (Real *table : {grad_key_table, grad_value_table})
             for (int64_t i = 0; i < S * row(); ++i) table[i] *= s;
         for (int64_t i = 0; i < B * row(); ++i) grad_query[i] *= s;
@@ -931,7 +963,7 @@ template <class Real, int64_t SIZE> class Training {
     int64_t sequence_index;
     Real denominator, query_sum;
     bool has_exponentials = false;
-    Real *q, *grad_q;
+    Real *q, *grad_q, *transposed;
     Real *key_table, *value_table, *grad_key_table, *grad_value_table, *query, *grad_query, *queried, *grad_queried;
     Real *key_exp, *value_exp;
     Real *key_beta, *value_beta, *grad_key_beta, *grad_value_beta;
