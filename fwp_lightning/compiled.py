@@ -124,6 +124,11 @@ def count(kernel: str, function: str, dtype: Any, problem: ctypes.Structure) -> 
     return int(_function(kernel, function, dtype, 0, ctypes.c_int64)(ctypes.addressof(problem)))
 
 
+def dense(x: Any) -> Any:
+    """Return a tensor as a kernel can read it through a pointer: row after row, and no view that is negated lazily."""
+    return None if x is None else x.contiguous().resolve_neg()
+
+
 def launch(kernel: str, function: str, dtype: Any, problem: ctypes.Structure, *tensors: Any, stream: int) -> None:
     """Queue ``function`` of a CUDA kernel on a stream, otherwise as ``call``; raise ``RuntimeError`` if refused."""
     pointers = [None if x is None else x.data_ptr() for x in tensors]
