@@ -88,7 +88,8 @@ def implementation(rule: str, backend: str, k: Tensor, v: Tensor) -> Implementat
     if backend != "auto":
         reason = why_not(backend, rule, k, v)
         if reason:
-            raise ValueError(reason)
+            # what a build lacks does not name the argument
+            raise ValueError(reason if f"'{backend}'" in reason else f"backend {backend!r} cannot run here: {reason}")
         return _for_dtype(rule, BACKENDS[backend], k.dtype)
     # one step is one write and one read: there is nothing to make parallel
     chosen = "reference" if k.shape[1] == 1 else backends_of(rule, k, v)[0]
