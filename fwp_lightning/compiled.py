@@ -124,6 +124,11 @@ def count(kernel: str, function: str, dtype: Any, problem: ctypes.Structure) -> 
     return int(_function(kernel, function, dtype, 0, ctypes.c_int64)(ctypes.addressof(problem)))
 
 
+def dense(x: Any) -> Any:
+    """Return a tensor as a kernel can read it through a pointer: row after row, and no view that is negated lazily."""
+    return None if x is None else x.contiguous().resolve_neg()
+
+
 def launch(kernel: str, function: str, dtype: Any, problem: ctypes.Structure, *tensors: Any, stream: int) -> None:
     """Queue ``function`` of a CUDA kernel on a stream, otherwise as ``call``; raise ``RuntimeError`` if refused."""
     pointers = [None if x is None else x.data_ptr() for x in tensors]
@@ -325,7 +330,26 @@ def build_ahead(recipes: list[Recipe], tell: Callable[[str], None]) -> list[str]
             continue
         how = "was built before" if found else f"built in {time.monotonic() - start:.1f} s"
         tell(f"{recipe.name:16} {recipe.level:8} {how}: {path}")
+        for target, line in device_code(_read(path.with_suffix(".log")) or "").items():
+            tell(f"{recipe.name:16} {target:8} {line}")
     return failures
+
+
+def device_code(log: str) -> dict[str, str]:
+    """Return for each GPU that ``nvcc -Xptxas=-v`` compiled for the registers a thread takes and what did not fit."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for entry in log.split("Compiling entry function")[1:]:
+        target = re.search(r"for '(sm_\w+)'", entry)
+        registers, spilled = re.search(r"Used (\d+) registers", entry), re.findall(r"(\d+) bytes spill", entry)
+        if target and registers:
+            found.setdefault(target[1], []).append((int(registers[1]), sum(map(int, spilled))))
+    lines = {}
+    for target_, kernels in found.items():
+        least, most = min(n for n, _ in kernels), max(n for n, _ in kernels)
+        spilling = [n for _, n in kernels if n]
+        spills = f"{len(spilling)} spill, up to {max(spilling)} bytes a thread" if spilling else "no spills"
+        lines[target_] = f"{len(kernels)} kernels, {least} to {most} registers a thread, {spills}"
+    return lines
 
 
 def _compile(command: list[str], source: str, target: Path) -> None:

@@ -17,9 +17,9 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-def did_you_mean(name: str, known: list[str]) -> str:
+def did_you_mean(name: object, known: list[str]) -> str:
     """Return the sentence that answers an unknown name: the nearest known one, then all of them."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) if isinstance(name, str) else []
     hint = f"Did you mean {close[0]!r}? " if close else ""
     return f"{hint}Known: {', '.join(known)}."
 

@@ -302,8 +302,10 @@ print(json.dumps([ops.backends_of("delta", k), backends, refused]))
     ran = run_python(script, **{"FWP_CACHE": str(tmp_path), "CXX": "", **MAKESHIFT[lacking]})
     computing, backends, refused = json.loads(ran.stdout)
     assert computing == ["chunked", "reference"]
-    assert backends["cpu"] == [False, refused]
-    assert refused in ran.stderr
+    available, reason = backends["cpu"]
+    assert not available
+    assert refused == f"backend 'cpu' cannot run here: {reason}"
+    assert reason in ran.stderr
     assert "Traceback" not in ran.stderr
 
 
@@ -465,6 +467,36 @@ def test_build_kernels_builds_cuda_only_when_asked(
     assert [line.split()[:2] for line in lines] == [["answer", processor.level()], ["answer.cu", "cuda"]]
     assert compiled.library("answer.cu").answer() == 44
     assert compiled.library("answer").answer() == 42
+
+
+PTXAS = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z1aEv' for 'sm_80'
+ptxas info    : Function properties for _Z1aEv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 520 bytes cmem[0]
+ptxas info    : Compiling entry function '_Z1bEv' for 'sm_80'
+ptxas info    : Function properties for _Z1bEv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 178 registers, used 1 barriers, 520 bytes cmem[0]
+ptxas info    : Compiling entry function '_Z1aEv' for 'sm_90'
+ptxas info    : Function properties for _Z1aEv
+    16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 520 bytes cmem[0]
+"""
+
+
+def test_build_kernels_shows_registers_and_spills_of_every_gpu_at_every_call(
+    cuda_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ptxas").write_text(PTXAS)
+    shown = f'[ "$1" = --version ] || cat {tmp_path}/ptxas >&2\n'
+    stand_in(tmp_path / "toolkit" / "bin" / "nvcc", shown + NVCC.replace("$TWO", str(cuda_source / "answer.cu")))
+    for _ in range(2):
+        assert main(["build-kernels", "--cuda"]) == 0
+        assert capsys.readouterr().out.splitlines()[2:] == [
+            "answer.cu        sm_80    2 kernels, 40 to 178 registers a thread, no spills",
+            "answer.cu        sm_90    1 kernels, 255 to 255 registers a thread, 1 spill, up to 20 bytes a thread",
+        ]
 
 
 def test_nvcc_is_looked_for_in_the_toolkit_that_is_named_then_on_path(

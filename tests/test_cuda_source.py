@@ -6,7 +6,9 @@ No test here has been run on a GPU unless it says so by its name; those that nee
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import re
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fwp_lightning import compiled, ops
+from fwp_lightning.attention import AttentionConfig, build_attention
 from fwp_lightning.ops import cuda_recurrence, reference
 
 # B, T, H, K, V: around the sixteen threads of a unit, the steps of a chunk, the rows of a thread, and the limits
@@ -211,6 +214,47 @@ def test_a_long_sequence_keeps_its_error(device: torch.device) -> None:
         assert error <= 2 * theirs + 4e-7 * float(expected.abs().max()), name
 
 
+# what backend cpu computes in one kernel
+AXES = [
+    AttentionConfig("delta", "dpfp", nu=2, phi_norm="sum", backend="cuda"),
+    AttentionConfig("sum", "elu", attention_norm="readout", backend="cuda"),
+]
+
+
+@pytest.mark.parametrize("config", AXES, ids=["delta dpfp-2 sum", "sum elu readout"])
+def test_maps_and_normalisers_stay_in_pytorch_around_the_kernel(
+    device: torch.device, config: AttentionConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CUDA kernel computes the rule alone; it is never swapped for the fused kernel of the CPU."""
+    monkeypatch.setattr(cuda_recurrence, "why_not", lambda k: None)
+    launched = []
+    launch = compiled.launch
+    monkeypatch.setattr(compiled, "launch", lambda *x, **y: launched.append(x[1]) or launch(*x, **y))
+    found = []
+    for backend, where in (("cuda", device), ("reference", torch.device("cpu"))):
+        torch.manual_seed(0)
+        layer = build_attention(dataclasses.replace(config, backend=backend), 12, 2).to(where)
+        assert layer.memory.fused is None
+        x = torch.randn(2, 13, 12, generator=torch.Generator().manual_seed(1)).to(where)
+        y, state = layer(x)
+        z, _ = layer(x[:, :5], state)
+        gradients = torch.autograd.grad(y.square().sum() + z.square().sum(), list(layer.parameters()))
+        found.append([x.detach().cpu() for x in (y, z, *gradients)])
+    assert launched == ["forward", "forward", "backward", "backward"]
+    for ours, theirs in zip(*found, strict=True):
+        # float32 sums of a few dozen terms in another order
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_second_derivative_is_refused_not_lost(device: torch.device, rule: str) -> None:
+    inputs = {n: x.requires_grad_() for n, x in on(device, draw(rule, (1, 5, 1, 4, 3), torch.float32)).items()}
+    o, _ = rule_of(cuda_recurrence, rule)(**inputs)
+    assert o is not None
+    with pytest.raises(RuntimeError, match="second derivatives of a memory"):
+        torch.autograd.grad(o.sum(), [inputs["k"]], create_graph=True)
+
+
 # --- threads and memory -----------------------------------------------------------------------------------------------
 
 
@@ -388,6 +432,27 @@ def test_nvcc_compiles_all_targets_without_spills(built: Path) -> None:
     stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert len(stacks) >= len(kernels) > 0
     assert set(stacks) == {("0", "0", "0")}
+
+
+def targets_of(library: bytes) -> set[tuple[str, int]]:
+    """What a library holds for GPUs, as ("ptx" or "cubin", architecture): the headers that nvcc's fatbinary writes."""
+    found, at = set(), 0
+    while (at := library.find(struct.pack("<I", 0xBA55ED50), at)) >= 0:
+        _, _, header, size = struct.unpack_from("<IHHQ", library, at)
+        entry = at + header
+        while entry < at + header + size:
+            kind, _, own_header, own_size = struct.unpack_from("<HHIQ", library, entry)
+            (architecture,) = struct.unpack_from("<I", library, entry + 28)
+            found.add(({1: "ptx", 2: "cubin"}.get(kind, str(kind)), architecture))
+            entry += own_header + own_size
+        at += header + size
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_library_holds_code_for_both_targets_and_ptx_for_later_ones(built: Path) -> None:
+    assert targets_of(built.read_bytes()) >= {("cubin", 80), ("cubin", 90), ("ptx", 80)}
 
 
 @pytest.mark.slow

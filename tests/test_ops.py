@@ -758,3 +758,186 @@ def test_a_backend_is_used_or_refused_but_never_swapped(rule: str, backend: str)
 @pytest.mark.parametrize(("rule", "backend"), CASES)
 def test_every_backend_that_says_it_can_can(rule: str, backend: str) -> None:
     assert ops.why_not(backend, rule) is None
+
+
+NO_TENSORS = {
+    "q that is a list": ("q", lambda x: x.tolist(), "q is list; expected a torch.Tensor"),
+    "k that is None": ("k", lambda x: None, "k is None; expected a torch.Tensor"),
+    "v that is an array": ("v", lambda x: x.numpy(), "v is ndarray; expected a torch.Tensor"),
+    "beta that is forgotten": ("beta", lambda x: None, "beta is None; expected a torch.Tensor"),
+    "k that is sparse": ("k", lambda x: x.to_sparse(), r"k is torch\.sparse_coo; the rules need a dense tensor"),
+}
+
+
+@pytest.mark.parametrize("what", NO_TENSORS)
+@pytest.mark.parametrize("rule", ["delta", "fwm"])
+def test_what_is_no_dense_tensor_is_named(rule: str, what: str) -> None:
+    name, spoil, message = NO_TENSORS[what]
+    inputs: dict[str, Any] = make_inputs(rule, 2, 4, 3, 5, 6)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        call(rule, {**inputs, name: spoil(inputs[name])})
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.bool], ids=str)
+def test_a_dtype_without_arithmetic_is_refused(dtype: torch.dtype) -> None:
+    k = torch.zeros(1, 2, 1, 3).to(dtype)
+    with pytest.raises(ValueError, match=f"^k is {dtype}; the rules take .* float32, float64, bfloat16, float16$"):
+        ops.sum_rule(k, k, k)
+
+
+@pytest.mark.parametrize("backend", [None, 3], ids=str)
+def test_a_backend_that_is_no_name_is_answered_with_the_known_ones(backend: Any) -> None:
+    with pytest.raises(ValueError, match=f"unknown backend {backend}. Known: .*reference"):
+        call("sum", make_inputs("sum", 1, 2, 1, 3, 2), backend=backend)
+
+
+READ_WRONGLY = {
+    "q": (lambda x: x[..., :-1], r"q has shape \(2, 3, 2, 4\); k \(2, 7, 2, 5\) asks for \(2, 3, 2, 5\)"),
+    "k": (lambda x: x[0], r"k has shape \(7, 2, 5\); expected 4 dimensions"),
+    "beta": (lambda x: x[:, 1:], r"beta has shape \(2, 6, 2\)"),
+}
+
+
+@pytest.mark.parametrize("name", READ_WRONGLY)
+def test_attention_weights_refuse_what_does_not_fit(name: str) -> None:
+    spoil, message = READ_WRONGLY[name]
+    inputs = {"q": torch.rand(2, 3, 2, 5), "k": torch.rand(2, 7, 2, 5), "beta": torch.rand(2, 7, 2)}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        ops.attention_weights(**{**inputs, name: spoil(inputs[name])})
+    for other, message in (("meta", "is on meta but k is on cpu"), (torch.float64, r"is torch\.float64 but k is")):
+        if name != "k":
+            with pytest.raises(ValueError, match=f"^{name} {message}"):
+                ops.attention_weights(**{**inputs, name: inputs[name].to(other)})  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("rule", ["sum", "delta"])
+def test_attention_weights_of_no_writes_and_of_no_queries(rule: str) -> None:
+    for n, t in ((0, 40), (3, 0), (0, 0)):
+        x = [torch.rand(2, n, 2, 5), torch.rand(2, t, 2, 5)] + ([torch.rand(2, t, 2)] if rule == "delta" else [])
+        arguments = [y.requires_grad_() for y in x]
+        weights = ops.attention_weights(*arguments)
+        assert weights.shape == (2, 2, n, t)
+        for gradient in torch.autograd.grad(weights.sum(), arguments, materialize_grads=True):
+            assert not gradient.any()
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("rule", ["sum", "delta"])
+def test_attention_weights_in_half_precision_are_rounded_once(rule: str, dtype: torch.dtype) -> None:
+    inputs = {n: x.to(dtype) for n, x in make_inputs(rule, 2, 35, 2, 6, 1).items() if n in ("q", "k", "beta")}
+    weights = []
+    for x in (inputs, {n: y.double() for n, y in inputs.items()}):
+        x = leaves(x)
+        a = ops.attention_weights(**x)
+        g = torch.autograd.grad(a, list(x.values()), torch.ones_like(a))
+        weights.append([a, *g])
+    for ours, exact in zip(*weights, strict=True):
+        assert ours.dtype == dtype
+        # one rounding, and float32 sums of a few dozen terms of order 1
+        torch.testing.assert_close(ours.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-4)
+
+
+def test_attention_weights_keep_vectors_not_memories() -> None:
+    """O(T K) for each query, and nothing of T T; a chunk's triangles are 3 C a step."""
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.data_ptr()] = x.numel()
+        return x
+
+    steps, n_features = 2048, 64
+    q, k, beta = torch.rand(1, 1, 1, n_features), torch.rand(1, steps, 1, n_features), torch.rand(1, steps, 1)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        ops.attention_weights(*(x.requires_grad_() for x in (q, k / n_features, beta)))
+    assert sum(kept.values()) <= steps * (2 * n_features + 3 * 32)
+
+
+# --- autocast, views, sizes of zero -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rule", "backend"), CASES)
+def test_autocast_narrows_nothing(rule: str, backend: str) -> None:
+    inputs = make_inputs(rule, 2, 35, 2, 6, 4, dtype=torch.float32)
+    plain = call(rule, inputs, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = call(rule, inputs, backend=backend)
+    for ours, theirs in zip(under, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rule", ["sum", "delta"])
+def test_autocast_narrows_no_attention_weights_and_no_gradient_of_them(rule: str) -> None:
+    inputs = {
+        n: x for n, x in make_inputs(rule, 2, 35, 2, 6, 1, dtype=torch.float32).items() if n in ("q", "k", "beta")
+    }
+    expected = ops.attention_weights(**inputs)
+    x = leaves(inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        weights = ops.attention_weights(**x)
+        gradients = torch.autograd.grad(weights.sum(), list(x.values())) if rule == "delta" else ()
+    torch.testing.assert_close(weights, expected, rtol=0, atol=0)
+    x = leaves(inputs)
+    if gradients:
+        for ours, theirs in zip(
+            gradients, torch.autograd.grad(ops.attention_weights(**x).sum(), list(x.values())), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("rule", "backend"), CASES)
+def test_a_view_that_is_negated_lazily_is_negated(rule: str, backend: str) -> None:
+    """`x.conj().imag` shares memory with x and has a bit that says so: a raw pointer would miss the sign."""
+    inputs = make_inputs(rule, 2, 9, 2, 6, 4)
+    lazy = {n: torch._neg_view(x) for n, x in inputs.items()}
+    assert all(x.is_neg() and x.is_contiguous() for x in lazy.values())
+    for ours, theirs in zip(
+        call(rule, lazy, backend=backend), call(rule, {n: -x for n, x in inputs.items()}, backend=backend), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sizes", [(0, 4), (3, 0), (0, 0)], ids=["no features", "no values", "neither"])
+@pytest.mark.parametrize(("rule", "backend"), CASES)
+def test_memories_without_a_row_or_a_column_are_empty(rule: str, backend: str, sizes: tuple[int, int]) -> None:
+    inputs = leaves(make_inputs(rule, 2, 4, 3, *sizes) if sizes[0] else without_features(rule, sizes[1]))
+    o, state = call(rule, inputs, backend=backend)
+    assert o is not None
+    assert o.shape == (2, 4, 3, sizes[1])
+    assert state.shape == (2, 3, *sizes)
+    assert not o.any()
+    for gradient in torch.autograd.grad(o.sum() + state.sum(), list(inputs.values()), materialize_grads=True):
+        assert not gradient.any()
+
+
+def without_features(rule: str, d_value: int) -> dict[str, Tensor]:
+    inputs = make_inputs(rule, 2, 4, 3, 1, d_value)
+    return {n: x[..., :0] if n in ("q", "k") else x[:, :, :0] if n == "state" else x for n, x in inputs.items()}
+
+
+@pytest.mark.parametrize("name", ["fwm cpu", "fwm scan", "attention weights", "DPFP kernel", "exponential kernel"])
+def test_a_second_derivative_is_refused_not_lost(name: str) -> None:
+    inputs = leaves(make_inputs("delta", 1, 5, 1, 4, 3))
+    q, k, v, beta, _ = (inputs[n] for n in NAMES)
+    functions: dict[str, Callable[[], Any]] = {
+        "fwm cpu": lambda: ops.fwm_rule(q, k, v, beta, backend="cpu")[0],
+        "fwm scan": lambda: ops.fwm_rule(q, k, v, beta, backend="scan")[0],
+        "attention weights": lambda: ops.attention_weights(q, k, beta),
+        "DPFP kernel": lambda: ops.dpfp_kernel(q[:, 0], k, 1),
+        "exponential kernel": lambda: ops.exponential_kernel(q[:, 0], k.transpose(1, 2), torch.eye(4).double(), 0.0, 0),
+    }
+    if name == "fwm cpu" and (reason := ops.why_not("cpu", "fwm", k)):
+        pytest.skip(reason)
+    # the gradient of a sum has no graph of its own
+    loss = functions[name]().sum()
+    with pytest.raises(RuntimeError, match="second derivatives of a memory"):
+        torch.autograd.grad(loss, [k], create_graph=True)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_shapes_are_known_on_the_meta_device(rule: str) -> None:
+    inputs = {n: x.to("meta") for n, x in make_inputs(rule, 2, 35, 2, 6, 4).items()}
+    o, state = call(rule, inputs)
+    assert o is not None
+    assert o.shape == (2, 35, 2, 4)
+    assert state.shape == (2, 2, 6, 4)
+    assert o.device.type == state.device.type == "meta"

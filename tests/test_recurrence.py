@@ -430,11 +430,33 @@ def test_the_layer_is_the_same_fused_and_unfused(config: AttentionConfig, monkey
         torch.testing.assert_close(ours, theirs, **EXACT)
 
 
+@pytest.mark.parametrize("name", ["elu", "dpfp"])
+def test_fused_under_autocast_computes_in_float32_from_half_precision(name: str) -> None:
+    memory = FastWeightMemory(AttentionConfig("delta", name, phi_norm="sum"), 6)
+    inputs = {n: x.bfloat16() for n, x in make_inputs("delta", 2, 21, 2, 6, 4).items() if n != "state"}
+    results = []
+    for fuses, narrow in ((True, True), (False, True), (True, False)):
+        memory.fused = FastWeightMemory(memory.config, 6).fused if fuses else None
+        x = leaves(inputs if narrow else {n: y.float() for n, y in inputs.items()})
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            o, state = memory(x["q"], x["k"], x["v"], x["beta"])
+            assert o.dtype == state.memory[0].dtype == torch.float32
+            gradients = torch.autograd.grad(weighted([o, *state.memory]), list(x.values()))
+        results.append([o, *state.memory, *gradients])
+    fused, unfused, wide = results
+    for ours, theirs, exact in zip(fused, unfused, wide, strict=True):
+        # gradients are rounded once, to the 8 bits of their inputs; two float32 sums may fall on either side
+        rounding = 2**-7 if ours.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(ours, theirs, rtol=rounding, atol=1e-5)
+        torch.testing.assert_close(ours.float(), exact, rtol=rounding, atol=1e-5)
+
+
 def test_what_a_fused_memory_lacks_leaves_the_layer_unfused() -> None:
     for config in (
         AttentionConfig("delta", "elu", phi_norm="sum", attention_norm="both"),
         AttentionConfig("sum", "elu", carried_query_gradient="none"),
         AttentionConfig("delta", "elu", phi_norm="sum", backend="chunked"),
+        AttentionConfig("delta", "elu", phi_norm="sum", backend="cuda"),
         AttentionConfig("delta", "favor", phi_norm="sum"),
         AttentionConfig("fwm", "tanh"),
     ):

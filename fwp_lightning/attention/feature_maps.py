@@ -14,11 +14,12 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from fwp_lightning import ops
 from fwp_lightning.attention.config import AttentionConfig
+from fwp_lightning.ops.first_order import first_order
+from fwp_lightning.ops.precision import outside_autocast
 from fwp_lightning.registry import Registry
 
 FEATURE_MAPS: Registry[type[FeatureMap]] = Registry("feature map")
@@ -31,7 +32,7 @@ def in_full_precision(method: Method) -> Method:
 
     @functools.wraps(method)
     def wrapped(self: object, x: Tensor, *arguments: Any, **named: Any) -> Any:
-        with torch.autocast(x.device.type, enabled=False):
+        with outside_autocast(x.device):
             return method(self, *(_at_least_float32(a) for a in (x, *arguments)), **named)
 
     return cast(Method, wrapped)
@@ -109,10 +110,10 @@ class _EluFeatures(Function):
         return slope + x.clamp(min=0)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor]:
         (slope,) = ctx.saved_tensors
-        return grad * slope
+        return (grad * slope,)
 
 
 @FEATURE_MAPS.register("dpfp")
@@ -153,7 +154,7 @@ class _DpfpFeatures(Function):
         return torch.cat([u * u.roll(-j, -1) for j in range(1, nu + 1)], dim=-1)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         u = torch.cat([x, -x], dim=-1).relu_()

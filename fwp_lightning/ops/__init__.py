@@ -70,7 +70,7 @@ def delta_rule(
     ``beta`` is ``[B, T, H]``, the write strength after its sigmoid. ``q=None`` only writes.
     Raises ``ValueError`` for tensors that do not fit together or a backend that cannot run.
     """
-    check(q=q, k=k, v=v, beta=beta, state=state)
+    check(q=q, k=k, v=v, beta=beta, state=state, needs=("k", "v", "beta"))
     return implementation("delta", backend, k, v)(q, k, v, beta, state)
 
 
@@ -108,7 +108,7 @@ def fwm_rule(
     The first write into an empty memory (``state=None``) is not rescaled, as in the released code.
     Raises ``ValueError`` for tensors that do not fit together or a backend that cannot run.
     """
-    check(q=q, k=k, v=v, beta=beta, state=state)
+    check(q=q, k=k, v=v, beta=beta, state=state, needs=("k", "v", "beta"))
     return implementation("fwm", backend, k, v)(q, k, v, beta, state)
 
 
@@ -116,5 +116,7 @@ def attention_weights(q: Tensor, k: Tensor, beta: Tensor | None = None) -> Tenso
     """Return ``a`` ``[B, H, N, T]`` with ``o_n = sum_t a_{n,t} v_t`` for queries ``[B, N, H, K]`` read last.
 
     Without ``beta`` the memory was written by the sum rule, with it by the delta rule (from an empty state).
+    Raises ``ValueError`` for tensors that do not fit together.
     """
+    check(q=q, k=k, beta=beta, causal=False, needs=("q", "k"))
     return sum_weights(q, k) if beta is None else delta_weights(q, k, beta)

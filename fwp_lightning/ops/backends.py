@@ -16,6 +16,8 @@ from fwp_lightning.registry import Registry
 
 log = logging.getLogger(__name__)
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 Implementation = Callable[..., tuple[Tensor | None, Tensor]]
 
 
@@ -86,7 +88,8 @@ def implementation(rule: str, backend: str, k: Tensor, v: Tensor) -> Implementat
     if backend != "auto":
         reason = why_not(backend, rule, k, v)
         if reason:
-            raise ValueError(reason)
+            # what a build lacks does not name the argument
+            raise ValueError(reason if f"'{backend}'" in reason else f"backend {backend!r} cannot run here: {reason}")
         return _for_dtype(rule, BACKENDS[backend], k.dtype)
     # one step is one write and one read: there is nothing to make parallel
     chosen = "reference" if k.shape[1] == 1 else backends_of(rule, k, v)[0]
@@ -117,24 +120,39 @@ def _log_choice(rule: str, backend: str) -> None:
     log.info("rule %s: backend %s", rule, backend)
 
 
-def check(*, causal: bool = True, n_features: int | None = None, **tensors: Any) -> None:
-    """Raise ``ValueError`` naming the argument that does not fit ``k`` in shape, dtype or device.
+def check(
+    *, needs: tuple[str, ...] = ("k", "v"), causal: bool = True, n_features: int | None = None, **tensors: Any
+) -> None:
+    """Raise ``ValueError`` naming the argument that is no tensor or does not fit ``k`` in shape, dtype or device.
 
-    Expects ``q k v beta state z`` as in the ops; absent ones are None. Without causality ``q`` may have any length. A
-    state has ``n_features`` rows, or as many as keys are wide.
+    Expects ``q k v beta state z`` as in the ops; those that are not needed may be None or absent. Without causality
+    ``q`` may have any length. A state has ``n_features`` rows, or as many as keys are wide.
     """
-    k, v = tensors["k"], tensors["v"]
-    for name in ("k", "v"):
-        if tensors[name].dim() != 4:
-            raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}; expected 4 dimensions [B, T, H, D]")
+    given = {name: x for name, x in tensors.items() if x is not None or name in needs}
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} is {'None' if x is None else type(x).__name__}; expected a torch.Tensor")
+        if x.layout != torch.strided:
+            raise ValueError(f"{name} is {x.layout}; the rules need a dense tensor: {name}.to_dense()")
+        if name in ("k", "v") and x.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; expected 4 dimensions [B, T, H, D]")
+    _check_fit(given, causal, n_features)
+    k = given["k"]
+    if k.dtype not in DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(f"k is {k.dtype}; the rules take a floating-point dtype: {known}")
+
+
+def _check_fit(given: dict[str, Tensor], causal: bool, n_features: int | None) -> None:
+    k, q, v = given["k"], given.get("q"), given.get("v")
     b, t, h, size = k.shape
     n_features = size if n_features is None else n_features
-    q = tensors.get("q")
     n_queries = t if causal or q is None or q.dim() != 4 else q.shape[1]
-    expected = {"q": (b, n_queries, h, size), "v": (b, t, h, v.shape[-1]), "beta": (b, t, h)}
-    expected |= {"state": (b, h, n_features, v.shape[-1]), "z": (b, h, n_features)}
+    d_value = 0 if v is None else v.shape[-1]
+    expected = {"q": (b, n_queries, h, size), "v": (b, t, h, d_value), "beta": (b, t, h)}
+    expected |= {"state": (b, h, n_features, d_value), "z": (b, h, n_features)}
     for name, shape in expected.items():
-        tensor = tensors.get(name)
+        tensor = given.get(name)
         if tensor is None:
             continue
         if tuple(tensor.shape) != shape:
@@ -143,5 +161,3 @@ def check(*, causal: bool = True, n_features: int | None = None, **tensors: Any)
             raise ValueError(f"{name} is on {tensor.device} but k is on {k.device}; move them to one device")
         if tensor.dtype != k.dtype and not (name in ("state", "z") and tensor.dtype == reference.state_dtype(k.dtype)):
             raise ValueError(f"{name} is {tensor.dtype} but k is {k.dtype}; give all inputs one dtype")
-    if not k.is_floating_point():
-        raise ValueError(f"k is {k.dtype}; the rules need a floating-point dtype")

@@ -20,6 +20,7 @@ from torch.autograd import Function
 
 from fwp_lightning.ops import reference
 from fwp_lightning.ops.first_order import first_order
+from fwp_lightning.ops.precision import without_autocast
 
 # numbers of one tensor that are worked on at a time: a dozen such tensors should stay in a core's cache
 SEGMENT_ON_CPU = 2**18
@@ -37,6 +38,7 @@ def chunk_size(n_features: int, d_value: int) -> int:
     return size
 
 
+@without_autocast
 def sum_rule(
     q: Tensor | None, k: Tensor, v: Tensor, state: Tensor | None, *, causal: bool = True
 ) -> tuple[Tensor | None, Tensor]:
@@ -52,6 +54,7 @@ def sum_rule(
     return _apply(q, k, v, None, state)
 
 
+@without_autocast
 def delta_rule(
     q: Tensor | None, k: Tensor, v: Tensor, beta: Tensor, state: Tensor | None
 ) -> tuple[Tensor | None, Tensor]:
@@ -66,8 +69,7 @@ def _apply(
 ) -> tuple[Tensor | None, Tensor]:
     inputs = (q, k, v, beta, state)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    with torch.autocast(k.device.type, enabled=False):
-        o, last = _Chunks.apply(*inputs, keep)
+    o, last = _Chunks.apply(*inputs, keep)
     return (None if q is None else o), last
 
 
@@ -164,12 +166,11 @@ class _Chunks(Function):
             for is_there, size in zip(there, (n_features, n_features, d_value, 1), strict=True)
         ]
         D = grad_last.clone(memory_format=torch.contiguous_format).view(b * h, n_features, d_value)
-        with torch.autocast(grad_last.device.type, enabled=False):
-            for segment, of_segment in reversed(list(zip(ctx.segments, kept, strict=True))):
-                parts = _gradients(segment, of_segment, grad_o, D)
-                for part, gradient in zip(parts, gradients, strict=True):
-                    if part is not None and gradient is not None:
-                        segment.store(part, gradient)
+        for segment, of_segment in reversed(list(zip(ctx.segments, kept, strict=True))):
+            parts = _gradients(segment, of_segment, grad_o, D)
+            for part, gradient in zip(parts, gradients, strict=True):
+                if part is not None and gradient is not None:
+                    segment.store(part, gradient)
         return *gradients, D.view_as(grad_last) if ctx.from_state else None, None
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from fwp_lightning import compiled
 from fwp_lightning.ops import chunked
+from fwp_lightning.ops.first_order import first_order
 
 KERNEL = "recurrence.cu"
 # of these float16 is widened to float32 beforehand
@@ -92,7 +92,7 @@ class _Recurrence(Function):
     def forward(
         ctx: Any, q: Tensor | None, k: Tensor, v: Tensor, beta: Tensor | None, state: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        inputs = [None if x is None else x.contiguous() for x in (q, k, v, beta, state)]
+        inputs = [compiled.dense(x) for x in (q, k, v, beta, state)]
         (b, t, h, n_features), d_value = k.shape, v.shape[-1]
         o = k.new_empty((b, t, h, d_value) if q is not None else 0)
         errors = k.new_empty((b, t, h, d_value) if beta is not None else 0, dtype=torch.float32)
@@ -102,7 +102,7 @@ class _Recurrence(Function):
         return o, last
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_o: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, errors = ctx.saved_tensors
         q, k, v, beta, state = inputs
@@ -112,7 +112,7 @@ class _Recurrence(Function):
         # half of grad_k in float32, until the other half is known
         partial = grad_k if beta is None or k.dtype == torch.float32 else torch.empty_like(k, dtype=torch.float32)
         received = torch.empty_like(errors)
-        kept = (errors, grad_o.contiguous(), grad_last.contiguous(), received, partial)
+        kept = (errors, compiled.dense(grad_o), compiled.dense(grad_last), received, partial)
         _launch("backward", inputs, *kept, grad_q, grad_k, grad_v, grad_beta, grad_state)
         return grad_q, grad_k, grad_v, grad_beta, None if state is None else grad_state
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fwp_lightning.ops.precision import outside_autocast
+
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
@@ -17,14 +19,19 @@ def first_order(backward: Backward) -> Backward:
 
     torch's ``once_differentiable`` refuses only where the incoming gradient has a graph. A gradient penalty on
     ``o.sum()`` has none, and would lose its term without a word. Raises ``RuntimeError``.
+
+    It runs outside autocast, as the forward pass does: ``backward()`` may be called within.
     """
 
     @functools.wraps(backward)
-    def wrapped(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def wrapped(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "create_graph=True asks for second derivatives of a memory, which only backend 'reference' has"
+                "create_graph=True asks for second derivatives of a memory, which only backend 'reference' has "
+                "(with feature map identity, tanh or favor)"
             )
-        return backward(ctx, *gradients)
+        known = next((x for x in gradients if x is not None), None)
+        with outside_autocast(torch.device("cpu") if known is None else known.device):
+            return backward(ctx, *gradients)
 
     return wrapped

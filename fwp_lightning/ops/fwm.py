@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+
+from fwp_lightning.ops.first_order import first_order
+from fwp_lightning.ops.precision import without_autocast
 
 
+@without_autocast
 def fwm_rule(
     q: Tensor | None, k: Tensor, v: Tensor, beta: Tensor, state: Tensor | None
 ) -> tuple[Tensor | None, Tensor]:
@@ -56,7 +59,7 @@ class _FwmScan(Function):
         return o, memories[-1].clone()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_o: Tensor | None, grad_W: Tensor) -> tuple[Tensor | None, ...]:
         q, k, beta, memories, written, errors, scales = ctx.saved_tensors
         grad_q = None if q is None else (memories[1:] @ grad_o.unsqueeze(-1)).squeeze(-1)  # type: ignore[union-attr]

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from fwp_lightning import compiled
 from fwp_lightning.ops import reference
+from fwp_lightning.ops.first_order import first_order
 
 KERNEL = "fwm"
 _DTYPES = (torch.float32, torch.float64)
@@ -30,6 +30,9 @@ def fwm_rule(
     q: Tensor | None, k: Tensor, v: Tensor, beta: Tensor, state: Tensor | None
 ) -> tuple[Tensor | None, Tensor]:
     """Same function as ``reference.fwm_rule``."""
+    # the kernel divides by the width of its rows
+    if not (k.shape[-1] and v.shape[-1]):
+        return reference.fwm_rule(q, k, v, beta, state)
     o, last = _FwmRecurrence.apply(q, k, v, beta, state)
     return (None if q is None else o), last
 
@@ -47,7 +50,7 @@ class _FwmRecurrence(Function):
     def forward(
         ctx: Any, q: Tensor | None, k: Tensor, v: Tensor, beta: Tensor, state: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        inputs = [None if x is None else x.contiguous() for x in (q, k, v, beta, state)]
+        inputs = [compiled.dense(x) for x in (q, k, v, beta, state)]
         problem = _problem(inputs)
         b, _, h, n_features = k.shape
         o = v.new_empty(0 if q is None else v.shape)
@@ -61,12 +64,12 @@ class _FwmRecurrence(Function):
         return o, last
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_o: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, kept = ctx.saved_tensors
         problem, k = _problem(inputs), inputs[1]
         gradients = [None if x is None else torch.empty_like(x) for x in inputs]
-        incoming = (grad_o.contiguous(), grad_last.contiguous())
+        incoming = (compiled.dense(grad_o), compiled.dense(grad_last))
         compiled.call(KERNEL, "backward", k.dtype, problem, kept, *incoming, *gradients, _scratch(problem, k))
         return tuple(gradients)
 

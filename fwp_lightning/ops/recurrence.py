@@ -38,6 +38,8 @@ class FusedMemory:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 return f"the compiled recurrence has no {name}={getattr(self, name)}; it has {', '.join(known)}"
+        if not k.shape[-1]:
+            return f"k has shape {tuple(k.shape)}; the compiled recurrence needs keys of at least one number"
         return why_not(k)
 
     def n_features(self, size: int) -> int:
@@ -77,6 +79,8 @@ def sum_rule(
     if not causal:
         # two matrix products: there is no recurrence to compile
         return chunked.sum_rule(q, k, v, state, causal=False)
+    if not k.shape[-1]:
+        return reference.sum_rule(q, k, v, state)
     return fused(_PLAIN, q, k, v, None, state, None)[:2]
 
 
@@ -84,6 +88,8 @@ def delta_rule(
     q: Tensor | None, k: Tensor, v: Tensor, beta: Tensor, state: Tensor | None
 ) -> tuple[Tensor | None, Tensor]:
     """Same function as ``reference.delta_rule``."""
+    if not k.shape[-1]:
+        return reference.delta_rule(q, k, v, beta, state)
     return fused(_PLAIN, q, k, v, beta, state, None)[:2]
 
 
@@ -130,7 +136,7 @@ def _problem(k: Tensor, v: Tensor, beta: Tensor | None, flags: list[int], eps: l
 
 def _forward(inputs: list[Tensor | None], flags: list[int], eps: list[float], *, keep: bool) -> tuple[Tensor, ...]:
     """Return outputs, last state, last z, and for the backward pass errors and scales; what does not exist is empty."""
-    q, k, v, beta, *_ = inputs = [None if x is None else x.contiguous() for x in inputs]
+    q, k, v, beta, *_ = inputs = [compiled.dense(x) for x in inputs]
     assert k is not None
     assert v is not None
     problem = _problem(k, v, beta, flags, eps)
@@ -150,10 +156,10 @@ def _backward(
     inputs: list[Tensor | None], saved: list[Tensor], incoming: list[Tensor | None], flags: list[int], eps: list[float]
 ) -> list[Tensor | None]:
     """Return gradients of q, k, v, beta, state and z; ``saved`` are outputs, errors and scales."""
-    q, k, v, beta, *_ = inputs = [None if x is None else x.contiguous() for x in inputs]
+    q, k, v, beta, *_ = inputs = [compiled.dense(x) for x in inputs]
     assert k is not None
     assert v is not None
-    grad_o, *grad_states = (None if x is None else x.contiguous() for x in incoming)
+    grad_o, *grad_states = (compiled.dense(x) for x in incoming)
     if grad_o is None and q is not None:
         grad_o = torch.zeros_like(v)
     gradients = [None if x is None else torch.empty_like(x) for x in inputs]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fwp_lightning.ops.precision import without_autocast
+
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of states and of all arithmetic: float32 for half precision, too coarse for long sums."""
@@ -34,6 +36,7 @@ def _stack(outputs: list[Tensor], like: Tensor) -> Tensor:
     return torch.stack(outputs, dim=1) if outputs else torch.zeros_like(like)
 
 
+@without_autocast
 def sum_rule(
     q: Tensor | None, k: Tensor, v: Tensor, state: Tensor | None, *, causal: bool = True
 ) -> tuple[Tensor | None, Tensor]:
@@ -55,6 +58,7 @@ def sum_rule(
     return _stack(outputs, v), W
 
 
+@without_autocast
 def delta_rule(
     q: Tensor | None, k: Tensor, v: Tensor, beta: Tensor, state: Tensor | None
 ) -> tuple[Tensor | None, Tensor]:
@@ -69,6 +73,7 @@ def delta_rule(
     return (None if q is None else _stack(outputs, v)), W
 
 
+@without_autocast
 def fwm_rule(
     q: Tensor | None, k: Tensor, v: Tensor, beta: Tensor, state: Tensor | None
 ) -> tuple[Tensor | None, Tensor]:

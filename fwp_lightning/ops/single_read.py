@@ -18,15 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, relu, threshold
+
+from fwp_lightning.ops.first_order import first_order
+from fwp_lightning.ops.precision import outside_autocast
+from fwp_lightning.ops.reference import state_dtype
 
 CHUNK = 32  # the measured optimum of 16, 32, 64 for K = 64 .. 256 on CPU
 
 
 def sum_weights(q_BNHK: Tensor, k_BTHK: Tensor) -> Tensor:
     """Return ``a[b, h, n, t] = k_t . q_n``."""
-    return q_BNHK.transpose(1, 2) @ k_BTHK.permute(0, 2, 3, 1)
+    with outside_autocast(k_BTHK.device):
+        return q_BNHK.transpose(1, 2) @ k_BTHK.permute(0, 2, 3, 1)
 
 
 def delta_weights(q_BNHK: Tensor, k_BTHK: Tensor, beta_BTH: Tensor) -> Tensor:
@@ -36,8 +40,13 @@ def delta_weights(q_BNHK: Tensor, k_BTHK: Tensor, beta_BTH: Tensor) -> Tensor:
     q = q_BNHK.transpose(1, 2).reshape(b * h, n, n_features)
     k = k_BTHK.transpose(1, 2).reshape(b * h, t, n_features)
     beta = beta_BTH.transpose(1, 2).reshape(b * h, t)
-    weights: Tensor = _DeltaWeights.apply(q, k, beta)
-    return weights.view(b, h, n, t)
+    if not t:
+        return sum_weights(q_BNHK, k_BTHK)
+    # half precision is too coarse to solve in
+    wide = (x.to(state_dtype(x.dtype)) for x in (q, k, beta))
+    with outside_autocast(k.device):
+        weights: Tensor = _DeltaWeights.apply(*wide)
+    return weights.to(q.dtype).view(b, h, n, t)
 
 
 def _chunks(x_GTK: Tensor, size: int) -> Tensor:
@@ -81,7 +90,7 @@ class _DeltaWeights(Function):
         return _unchunk(weights.mT, steps).mT
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         k_c, beta_c, gram, inverse, weights, r_end = ctx.saved_tensors
         grad_c = _chunks(grad.mT, CHUNK).mT.contiguous()
@@ -163,7 +172,7 @@ class _ExponentialKernel(Function):
         return kernel + eps * phi_q.sum(-1, keepdim=True)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         phi_q, x, directions, features, kernel = ctx.saved_tensors
         grad = grad.unsqueeze(-1)
@@ -191,7 +200,7 @@ class _QuadraticForm(Function):
         return (p * product).sum(-1)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         q, k, p, product = ctx.saved_tensors
         grad_p = product * (2 * grad).unsqueeze(-1)
