@@ -151,6 +151,10 @@ def build_parser() -> argparse.ArgumentParser:
     status.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="default: those with a tracked run")
     _add_data_folder(status)
     _add(commands, "export", _export, "write the tracked runs to results/runs.csv and results/metrics.csv")
+    checking = _add(
+        commands, "verify", _verify, "check results/*.csv and the reports against experiments and each other"
+    )
+    _add_data_folder(checking)
     building = _add(commands, "build-kernels", _build_kernels, "build the compiled kernels ahead, into the cache")
     building.add_argument(
         "--isa",
@@ -419,15 +423,24 @@ def _warn(problem: object) -> None:
 
 
 def _report(arguments: Sequence[str]) -> int:
+    return int(_reports_module("__main__").main(arguments) or 0)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from fwp_lightning.experiment import find_project
+
+    return int(_reports_module("verification").verify(find_project(), _tie_to_files(options.imports, options.data)))
+
+
+def _reports_module(name: str) -> Any:
     # reports lie beside the package
     source = str(Path(__file__).resolve().parent.parent)
     if source not in sys.path:
         sys.path.append(source)
     try:
-        reports = importlib.import_module("reports.__main__")
+        return importlib.import_module(f"reports.{name}")
     except ModuleNotFoundError as error:
         raise UserError(f"reports cannot be made: {error}; install the package anew.") from error
-    return int(reports.main(arguments) or 0)
 
 
 def _bench(arguments: Sequence[str]) -> int:
