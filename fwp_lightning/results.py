@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fwp_lightning.errors import UserError
+from fwp_lightning.errors import UserError, sentence_of
 from fwp_lightning.experiment import Project, Run, View, load_experiment, natural_key, resolve_runs
 from fwp_lightning.results_csv import DONE, METRIC_COLUMNS, RUN_COLUMNS, STATUSES, Row, read_metrics, read_runs
 from fwp_lightning.tracking import is_alive, require_folder
@@ -94,6 +94,22 @@ def _stored(run: MlflowRun) -> StoredRun:
 def outcomes(client: MlflowClient) -> dict[str, str]:
     """Return the outcome of every run key in the store."""
     return {run.run_key: run.outcome for run in read_store(client)}
+
+
+def find_run(client: MlflowClient, run_key: str) -> StoredRun | None:
+    """Return the tracked run with a key, None if there is none."""
+    return next((run for run in read_store(client) if run.run_key == run_key), None)
+
+
+def read_artifact(client: MlflowClient, run_id: str, name: str) -> str:
+    """Return a text that was recorded with a run; one that is gone is one sentence."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return Path(client.download_artifacts(run_id, name, folder)).read_text(encoding="utf-8")
+    except (OSError, MlflowException) as error:
+        raise UserError(f"the artifact {name} of the run {run_id} cannot be read: {sentence_of(error)}") from error
 
 
 def read_points(client: MlflowClient, run_ids: Sequence[str]) -> dict[str, list[Point]]:
