@@ -43,7 +43,7 @@ NO_FAIRSEQ = echo "fairseq was not installed (see above; it needs a C++ compiler
 # one sweep at a time also under `make -j`: a sweep runs JOBS processes of its own
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint smoke data-wikitext2 data-wikitext103 data-wmt14 reproduce report status ui bench bench-gpu
+.PHONY: help setup test test-faults lint smoke data-wikitext2 data-wikitext103 data-wmt14 reproduce report verify status ui bench bench-gpu
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -56,6 +56,9 @@ setup: $(INSTALLED) $(FAIRSEQ) ## make .venv and install the package with its to
 
 test: lint $(FAIRSEQ) ## lint, then the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-faults: $(INSTALLED) ## kill sweeps, lock and fill the store, and count what was lost (nothing may be)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults -q
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .
@@ -87,6 +90,9 @@ report: $(INSTALLED) ## draw all reports from results/*.csv, without training
 
 report-%: $(INSTALLED) ## the same for one experiment, as in `make report-figure2`
 	$(BIN)/python -m reports $*
+
+verify: $(INSTALLED) ## check results/*.csv and all reports against the experiment files and each other
+	$(BIN)/fwp verify
 
 status: $(INSTALLED) ## which runs are complete, running, failed or missing
 	$(BIN)/fwp status

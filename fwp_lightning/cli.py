@@ -148,6 +148,13 @@ def build_parser() -> argparse.ArgumentParser:
     status.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="default: those with a tracked run")
     _add_data_folder(status)
     _add(commands, "export", _export, "write the tracked runs to results/runs.csv and results/metrics.csv")
+    again = _add(commands, "rerun", _rerun, "repeat one run from what is tracked of it: then | now")
+    again.add_argument("run_key", metavar="RUN_KEY", help="as in results/runs.csv; nothing tracked is touched")
+    _add_data_folder(again)
+    checking = _add(
+        commands, "verify", _verify, "check results/*.csv and the reports against experiments and each other"
+    )
+    _add_data_folder(checking)
     building = _add(commands, "build-kernels", _build_kernels, "build the compiled kernels ahead, into the cache")
     building.add_argument(
         "--isa",
@@ -441,15 +448,37 @@ def _warn(problem: object) -> None:
 
 
 def _report(arguments: Sequence[str]) -> int:
+    return int(_reports_module("__main__").main(arguments) or 0)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from fwp_lightning.experiment import find_project
+
+    return int(_reports_module("verification").verify(find_project(), _tie_to_files(options.imports, options.data)))
+
+
+def _rerun(options: argparse.Namespace) -> int:
+    from fwp_lightning.experiment import find_project
+    from fwp_lightning.sweep.rerun import rerun
+    from fwp_lightning.tracking import open_store
+
+    project = find_project()
+    prepare = _tie_to_files(options.imports, options.data)
+    _import_user_files(options.imports)
+    # a run that only the CSV files know needs no store, and none is made for it
+    absent = project.store_file is not None and not project.store_file.exists()
+    return rerun(options.run_key, None if absent else open_store(project), project, prepare)
+
+
+def _reports_module(name: str) -> Any:
     # reports lie beside the package
     source = str(Path(__file__).resolve().parent.parent)
     if source not in sys.path:
         sys.path.append(source)
     try:
-        reports = importlib.import_module("reports.__main__")
+        return importlib.import_module(f"reports.{name}")
     except ModuleNotFoundError as error:
         raise UserError(f"reports cannot be made: {error}; install the package anew.") from error
-    return int(reports.main(arguments) or 0)
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -109,6 +109,22 @@ def outcomes(client: MlflowClient) -> dict[str, str]:
     return {run.run_key: run.outcome for run in read_store(client)}
 
 
+def find_run(client: MlflowClient, run_key: str) -> StoredRun | None:
+    """Return the tracked run with a key, None if there is none."""
+    return next((run for run in read_store(client) if run.run_key == run_key), None)
+
+
+def read_artifact(client: MlflowClient, run_id: str, name: str) -> str:
+    """Return a text that was recorded with a run; one that is gone is one sentence."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return Path(client.download_artifacts(run_id, name, folder)).read_text(encoding="utf-8")
+    except (OSError, MlflowException) as error:
+        raise UserError(f"the artifact {name} of the run {run_id} cannot be read: {sentence_of(error)}") from error
+
+
 def read_points(client: MlflowClient, run_ids: Sequence[str]) -> dict[str, list[Point]]:
     """Return the curves of runs, one value per split, metric and step: of repeated points the last recorded."""
     latest: dict[str, dict[tuple[str, str, int], tuple[int, float]]] = defaultdict(dict)

@@ -508,7 +508,7 @@ def _train_locked(run: Run, client: MlflowClient, shared: Circumstances, folder:
     started = time.monotonic()
     try:
         with quiet_lightning():
-            diverged = _fit(run, recorder, shared, folder)
+            diverged = fit(run, recorder, shared, folder)
     except (RunStopped, SIGTERMException):
         recorder.finish("KILLED")
         return Outcome(run.run_key, "stopped", time.monotonic() - started)
@@ -524,7 +524,7 @@ def _train_locked(run: Run, client: MlflowClient, shared: Circumstances, folder:
     return Outcome(run.run_key, "diverged" if diverged else "complete", time.monotonic() - started, diverged or "")
 
 
-def _fit(run: Run, recorder: RunRecorder, shared: Circumstances, folder: Path) -> str | None:
+def fit(run: Run, recorder: RunRecorder, shared: Circumstances, folder: Path) -> str | None:
     """Train and test; return why the run diverged, if it did."""
     checkpoint = ExactCheckpoint(recorder, seconds=shared.checkpoint_seconds, stop=shared.stop)
     measurements = Measurements(recorder)

@@ -137,15 +137,20 @@ def work(connection: Connection, settings: Settings) -> None:
             connection.send(("broken", str(error)))
 
 
-def _serve(connection: Connection, settings: Settings, mailbox: Mailbox) -> None:
+def prepare_torch() -> None:
+    """Set what every process that trains runs has in common."""
     import torch
-
-    from fwp_lightning.sweep.training import Circumstances, check_run, train_run
-    from fwp_lightning.tracking import open_store
 
     torch.set_num_threads(1)
     # subnormal numbers cost a hundred times the time of others, and no result depends on them
     torch.set_flush_denormal(True)
+
+
+def _serve(connection: Connection, settings: Settings, mailbox: Mailbox) -> None:
+    from fwp_lightning.sweep.training import Circumstances, check_run, train_run
+    from fwp_lightning.tracking import open_store
+
+    prepare_torch()
     for name in settings.origin.imports:
         import_file(name)
     shared = Circumstances(

@@ -1,0 +1,80 @@
+"""Draws reports into a folder: tables, figures, and one page with everything there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fwp_lightning.errors import UserError
+from fwp_lightning.experiment import Project
+from fwp_lightning.registry import did_you_mean
+from reports import figures, page, tables
+from reports.plan import load_plan, report_names, runs_of
+from reports.selection import Selection, collect, select
+from reports.sources import Results
+
+PROFILES = ("paper", "short", "smoke")
+"""the order of the page: what proves most comes first"""
+
+
+def draw(
+    project: Project, results: Results, names: Sequence[str], output: Path, say: Callable[[str], None] = print
+) -> list[str]:
+    """Writes the named reports (none: all) and the page with everything there is; returns those without runs."""
+    known = report_names(project)
+    for name in names:
+        if name not in known:
+            raise UserError(f"there is no report {name!r}. {did_you_mean(name, [*known, 'bench', 'readme'])}")
+    empty = [name for name in known if runs_of(project, name) not in results.experiments]
+    if not names and len(empty) == len(known):
+        raise UserError("no runs for any report in results/runs.csv; run `make smoke` first.")
+    entries = []
+    for selection in selections(project, results, [name for name in known if name not in empty]):
+        entry = page.entry_of(selection, collect(selection, results))
+        entries.append(entry)
+        if not names or selection.plan.name in names:
+            say(_save(output, entry, project.root))
+    if entries:
+        page.write(output / "index.html", entries)
+        say(f"page: {shown(output / 'index.html', project.root)}")
+    return [name for name in names or known if name in empty]
+
+
+def selections(project: Project, results: Results, names: Sequence[str]) -> list[Selection]:
+    """The runs of the named reports for each profile and protocol that has some, in the order of the page."""
+    found = []
+    for name in names:
+        parent = runs_of(project, name)
+        places = {(run.profile, run.protocol) for run in results.runs if run.experiment == parent}
+        try:
+            plans = [load_plan(project, name, profile, protocol) for profile, protocol in sorted(places)]
+        except UserError as error:
+            raise UserError(f"{name} cannot be drawn from results/runs.csv: {error}") from error
+        found += [selection for plan in plans if (selection := select(plan, results)).runs]
+    order = {name: number for number, name in enumerate(names)}
+    return sorted(
+        found,
+        key=lambda selection: (
+            PROFILES.index(selection.plan.profile),
+            not selection.plan.is_default_protocol,
+            selection.plan.protocol,
+            order[selection.plan.name],
+        ),
+    )
+
+
+def _save(output: Path, entry: page.Entry, root: Path) -> str:
+    selection, plan = entry.selection, entry.selection.plan
+    stem = output / plan.profile / plan.protocol / plan.name
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = tables.save(tables.build(selection, entry.cells), stem, selection, entry.cells)
+    if entry.figure is not None:
+        paths = figures.save(entry.figure, stem, selection) + paths
+    suffixes = ",".join(path.suffix[1:] for path in paths)
+    state = f"{selection.n_found}/{plan.n_planned} runs"
+    return f"{plan.name} ({plan.profile}, {plan.protocol}, {state}): {shown(stem, root)}.{{{suffixes}}}"
+
+
+def shown(path: Path, root: Path) -> str:
+    """A path as it is told: from the project's root where it lies there."""
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
