@@ -81,20 +81,21 @@ def test_loss_and_gradients_equal_pytorch_at_odd_sizes(name: str, batch: int, pa
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_float32_errors_are_at_most_twice_those_of_pytorch(name: str) -> None:
-    """Relative to each gradient's largest entry, over three draws: the largest error of one is a matter of luck."""
-    ratios = []
-    for seed in range(3):
+    """Relative to each gradient's largest entry, the mean of five draws: the error of one draw is a matter of luck."""
+    errors, references = [], []
+    for seed in range(5):
         batches = draw(1, 16, 40, 20, seed)
         exact = in_pytorch(build(CONFIGS[name], 20, 64), batches)
         single = build(CONFIGS[name], 20, 64, torch.float32)
-        for truth, theirs, ours in zip(exact, in_pytorch(single, batches), in_cpp(single, batches), strict=True):
-            scale = float(truth.detach().abs().max()) + 1e-12
-            error, reference = (
-                float((x.detach().double() - truth.detach()).abs().max()) / scale for x in (ours, theirs)
-            )
-            # 2e-6: some ten roundings, where PyTorch happens to have almost none
-            ratios.append(error / (reference + 2e-6))
-    assert max(ratios) <= 2
+        errors.append(relative_errors(in_cpp(single, batches), exact))
+        references.append(relative_errors(in_pytorch(single, batches), exact))
+    # 2e-6: some ten roundings, where PyTorch happens to have almost none
+    assert (torch.stack(errors).mean(0) <= 2 * (torch.stack(references).mean(0) + 2e-6)).all()
+
+
+def relative_errors(found: list[Tensor], exact: list[Tensor]) -> Tensor:
+    pairs = [(x.detach().double(), truth.detach()) for x, truth in zip(found, exact, strict=True)]
+    return torch.stack([(x - truth).abs().max() / (truth.abs().max() + 1e-12) for x, truth in pairs])
 
 
 @pytest.mark.parametrize("name", ["favor sum", "stabilised favor sum", "favor delta", "stabilised favor delta"])
