@@ -155,6 +155,16 @@ def build_parser() -> argparse.ArgumentParser:
         commands, "verify", _verify, "check results/*.csv and the reports against experiments and each other"
     )
     _add_data_folder(checking)
+    _add_build_kernels(commands)
+    fetching = _add(commands, "download", _download, "fetch a corpus, check it, and make its token files")
+    fetching.add_argument("corpus", metavar="CORPUS", help="wikitext-2 (7 MB), wikitext-103 (313 MB) or wmt14 (818 MB)")
+    _add_bench(commands)
+    listing = _add(commands, "list", _list, "list experiments, rules, feature maps and backends")
+    listing.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _add_build_kernels(commands: Any) -> None:
     building = _add(commands, "build-kernels", _build_kernels, "build the compiled kernels ahead, into the cache")
     building.add_argument(
         "--isa",
@@ -162,12 +172,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="instruction set: AVX-512 (v4), AVX2 (v3) or any x86-64 (default: this processor's, or FWP_ISA)",
     )
     building.add_argument("--cuda", action="store_true", help="the CUDA kernels too; needs nvcc, and no GPU")
-    fetching = _add(commands, "download", _download, "fetch a corpus, check it, and make its token files")
-    fetching.add_argument("corpus", metavar="CORPUS", help="wikitext-2 (7 MB), wikitext-103 (313 MB) or wmt14 (818 MB)")
-    _add_bench(commands)
-    listing = _add(commands, "list", _list, "list experiments, rules, feature maps and backends")
-    listing.add_argument("--json", action="store_true", help="print JSON")
-    return parser
 
 
 def _add_generate(commands: Any) -> None:

@@ -217,6 +217,8 @@ class Sweep:
         self._by_key = {run.run_key: run for run in plan.pending}
         self._stopped_at = 0.0
         self._display: Display | None = None
+        self._estimated_for: tuple[int | str, ...] = ()
+        self._estimated: float | None = None
 
     # --- what came out
 
@@ -339,7 +341,15 @@ class Sweep:
     def _show(self) -> None:
         running = [worker.run for worker in self.pool.busy() if worker.run is not None]
         done = self.plan.done + sum(outcome.status in (*DONE, "done before") for outcome in self.ended.values())
-        left = seconds_for([*running, *self.waiting], self.plan.estimate, self.jobs)
+        left = self._expected(running)
         elapsed = sum(time.monotonic() - worker.since for worker in self.pool.busy()) / self.jobs
         assert self._display is not None
         self._display.update(done, len(self.plan.runs), None if left is None else max(0.0, left - elapsed), running)
+
+    def _expected(self, running: list[Run]) -> float | None:
+        """What the runs that train and wait will take; computed anew when one of them starts or ends."""
+        known = (len(self.ended), len(self.waiting), *(run.run_key for run in running))
+        if self._estimated_for != known:
+            self._estimated_for = known
+            self._estimated = seconds_for([*running, *self.waiting], self.plan.estimate, self.jobs)
+        return self._estimated
