@@ -217,7 +217,7 @@ class Sweep:
         self._by_key = {run.run_key: run for run in plan.pending}
         self._stopped_at = 0.0
         self._display: Display | None = None
-        self._estimated_for: tuple[int | str, ...] = ()
+        self._estimated_for: tuple[object, ...] = ()
         self._estimated: float | None = None
 
     # --- what came out
