@@ -6,16 +6,18 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from fwp_lightning.errors import UserError
 from fwp_lightning.results import Estimate, outcomes, read_points, read_store
 from fwp_lightning.sweep import Plan, plan_sweep, run_sweep, seconds_for
 from fwp_lightning.sweep.progress import duration, summary
-from fwp_lightning.sweep.training import check_run, newest_checkpoint
+from fwp_lightning.sweep.training import check_run, first_cause, newest_checkpoint
 from fwp_lightning.sweep.workers import import_file
 from fwp_lightning.tracking import Origin, locked_run, open_store, run_folder
 
@@ -308,3 +310,21 @@ def test_damaged_results_are_found_before_anything_trains(toy, name):
     with pytest.raises(UserError, match=rf"{name} lacks the column 'run_key'.*move it away, then run `fwp export`"):
         run_sweep(toy.runs(), toy.project, Origin())
     assert not (toy.root / "mlflow.db").exists()
+
+
+def _allocate_too_much() -> None:
+    torch.empty(2**60)
+
+
+def _as_a_gpu_says() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 15 GiB")
+
+
+@pytest.mark.parametrize("allocate", [_allocate_too_much, _as_a_gpu_says])
+def test_memory_that_runs_out_is_said_with_what_to_lower(allocate: Callable[[], None]) -> None:
+    with pytest.raises(RuntimeError) as error:
+        allocate()
+    said = first_cause(error.value)
+    assert said.startswith("memory ran out (it asked for ")
+    assert "lower data.batch_size" in said
+    assert "data.accumulation" in said

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import random
+import re
 import resource
 import time
 import traceback
@@ -148,8 +149,23 @@ def _unknown_in(place: str, kind: Any, settings: Config) -> str | None:
     return None
 
 
+# PyTorch's allocator on the CPU has no exception of its own
+_OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory")
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Return whether an allocation failed, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
+
+
 def first_cause(error: BaseException) -> str:
     """Return the sentence of the error behind jsonargparse's nested reports of it."""
+    if ran_out_of_memory(error):
+        asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+        return (
+            f"memory ran out{f' (it asked for {asked[1]})' if asked else ''}; lower data.batch_size (translation: "
+            "data.max_tokens) and raise data.accumulation by as much, which gives the same updates"
+        )
     while isinstance(error, ArgumentError) and isinstance(error.__cause__, ValueError | TypeError):
         error = error.__cause__
     # of the alternatives that jsonargparse tried, the first is what was meant, and the value is repeated behind it
