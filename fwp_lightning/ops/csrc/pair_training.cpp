@@ -152,7 +152,8 @@ template <class Real, int64_t SIZE> class Training {
 
     void adam(int64_t steps) {
         const Real first = 1 - std::pow(p.beta1, double(steps)), second = 1 - std::pow(p.beta2, double(steps));
-        const Real rate = p.lr / first, root = std::sqrt(second), eps = p.adam_eps;
+        // numerator and denominator both times the root: one division a number instead of two
+        const Real root = std::sqrt(second), rate = p.lr / first * root, eps = p.adam_eps * root;
         const Real b1 = p.beta1, b2 = p.beta2, c1 = 1 - p.beta1, c2 = 1 - p.beta2;
         for (int i = 0; i < PARAMETERS; ++i) {
             Real *__restrict w = p.parameters[i], *__restrict mean = p.means[i], *__restrict square = p.squares[i];
@@ -161,7 +162,7 @@ template <class Real, int64_t SIZE> class Training {
             for (int64_t j = 0; j < count; ++j) {
                 mean[j] = b1 * mean[j] + c1 * g[j];
                 square[j] = b2 * square[j] + c2 * g[j] * g[j];
-                w[j] -= rate * mean[j] / (std::sqrt(square[j]) / root + eps);
+                w[j] -= rate * mean[j] / (std::sqrt(square[j]) + eps);
             }
         }
     }
