@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -263,7 +264,8 @@ def _figure(found: Benchmarks) -> Figure:
                    for name, look in looks.items()]  # fmt: skip
         figure.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.04, 0.055), ncols=6)
         figure.suptitle("Delta rule, all gradients", x=0.045, ha="left", fontsize=10.5, fontweight="bold")
-        figure.text(0.045, 0.015, provenance(found).replace("`", ""), fontsize=5.5, color=MUTED)
+        said = textwrap.fill(provenance(found).replace("`", ""), 230, break_on_hyphens=False)
+        figure.text(0.045, 0.015, said, fontsize=5.5, color=MUTED)
         figure.subplots_adjust(left=0.15, right=0.985, top=0.88, bottom=0.27, wspace=0.3)
     return figure
 
