@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output = project.root / "reports" / "output"
         with _writing(output):
             if options.names == [benchmarks.NAME] or (not options.names and benchmarks.read(project.root)):
-                for path in benchmarks.draw(project.root):
+                for path in benchmarks.draw(project.root, output):
                     print(f"{benchmarks.NAME}: {shown(path, project.root)}")
             if options.names == [benchmarks.NAME]:
                 return 0

@@ -89,12 +89,12 @@ def _order(item: tuple[Group, object]) -> tuple[object, ...]:
     return tuple((int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", " ".join(item[0])))
 
 
-def draw(root: Path) -> list[Path]:
-    """Write the figures below reports/output/bench; ``UserError`` where nothing was measured."""
+def draw(root: Path, output: Path) -> list[Path]:
+    """Write the figures below ``output``/bench; ``UserError`` where nothing was measured."""
     benchmarks = read(root)
     if not benchmarks:
         raise UserError("nothing in results/benchmarks/ yet; run `make bench` first.")
-    folder = root / "reports" / "output" / NAME
+    folder = output / NAME
     folder.mkdir(parents=True, exist_ok=True)
     return [
         path for found in benchmarks for path in figures.write(_figure(found), folder / found.device, *_origin(found))

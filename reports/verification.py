@@ -15,7 +15,7 @@ from pathlib import Path
 from fwp_lightning.errors import UserError
 from fwp_lightning.experiment import Project, Run, View, load_experiment, resolve_runs
 from fwp_lightning.results_csv import Row, read_metrics, read_runs
-from reports import readme
+from reports import benchmarks, readme
 from reports.drawing import draw
 from reports.plan import report_names, runs_of
 from reports.sources import read_results
@@ -179,10 +179,12 @@ def check_reports(project: Project) -> Iterator[str]:
     results, output = read_results(project.root), project.root / "reports" / "output"
     drawn: dict[str, bytes] = {}
     try:
-        if any(runs_of(project, name) in results.experiments for name in report_names(project)):
-            with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder:
+            if any(runs_of(project, name) in results.experiments for name in report_names(project)):
                 draw(project, results, [], Path(folder), say=lambda line: None)
-                drawn = _contents(Path(folder))
+            if benchmarks.read(project.root):
+                benchmarks.draw(project.root, Path(folder))
+            drawn = _contents(Path(folder))
     except UserError as error:
         yield f"reports: {error}"
         return

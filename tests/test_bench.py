@@ -23,6 +23,7 @@ from fwp_lightning.results_csv import BENCHMARK_COLUMNS, read_benchmarks
 from fwp_lightning.tracking import Origin
 from reports import benchmarks
 from reports.__main__ import main as report
+from reports.verification import check_reports
 
 ROOT = Path(__file__).resolve().parent.parent
 MACHINE = {
@@ -341,3 +342,15 @@ def test_peers_that_are_not_here_are_told_of_and_not_fetched(tmp_path: Path, mon
     assert [candidate.name for candidate in found] == ["sdpa"]
     assert [line.split(" is not measured")[0] for line in told] == list(peers.IDIAP_FLAGS)
     assert "`fwp bench --peers` fetches and builds it" in told[0]
+
+
+def test_the_figure_is_among_the_reports_that_are_checked(tmp_path: Path) -> None:
+    (tmp_path / "experiments").mkdir()
+    write(tmp_path)
+    assert report(["bench", "--root", str(tmp_path)]) == 0
+    assert list(check_reports(Project(tmp_path))) == []
+    figure = tmp_path / "reports" / "output" / "bench" / "cpu.png"
+    figure.write_bytes(figure.read_bytes() + b" ")
+    assert list(check_reports(Project(tmp_path))) == [
+        "reports/output/bench/cpu.png is not what results/*.csv gives; run `python -m reports`"
+    ]
