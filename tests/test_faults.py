@@ -356,7 +356,7 @@ def test_sigterm_ctrl_c_and_kill_9_of_whole_sweeps(
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         before = progress(tracked)
         process = tracked.start(*arguments)
-        wait_for(lambda before=before: progress(tracked) > before)
+        wait_for(lambda before=before: progress(tracked) > before, 180)
         os.killpg(process.pid, number)
         said, _ = process.communicate(timeout=60)
         expected = -number if number == signal.SIGKILL else 128 + number
