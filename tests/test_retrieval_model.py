@@ -146,3 +146,28 @@ def test_sizes_are_those_of_the_released_model() -> None:
     assert model.W_q.shape == (64, 1320)
     assert model.W_beta.shape == (1, 1920)
     assert float(model.W_k.detach().abs().max()) <= 1 / 8
+
+
+@pytest.mark.parametrize(("n_keys", "n_features"), [(60, 64), (200, 64), (600, 512)])
+def test_stabilised_favor_reads_few_keys_and_then_none_as_keys_grow(n_keys: int, n_features: int) -> None:
+    """What README says of FAVOR+ at initialisation under the corrected protocol."""
+    torch.manual_seed(1)
+    favor = FavorConfig(stabilizer="sequence", redraw="training", scaling="rsqrt_sqrt_d")
+    config = AttentionConfig("sum", "favor", n_features=n_features, attention_norm="readout", favor=favor)
+    model = RetrievalModel(config, n_keys).eval()
+    batch = RetrievalData(n_keys=n_keys, seed=0, evaluation_sequences=2, max_queries=0).evaluation(0)
+    with torch.no_grad():
+        k, _ = model._factored_keys(batch.keys, batch.values)
+        q = F.linear(model.key_embedding[batch.queries], model.W_q, model.b_q)
+        weights = model.memory.attention_weights(q.unsqueeze(2), k.unsqueeze(2))[:, 0]
+    largest, total = weights.amax(-1).median(), weights.sum(-1).median()
+    size = k.square().sum(-1).mean() / 8
+    if n_keys == 60:
+        assert size < 7
+        assert largest < 0.2
+    elif n_keys == 200:
+        assert 16 < size < 21
+        assert 0.25 < largest < 0.5
+    else:
+        # the denominator is far below the 1e-6 beside it: next to nothing is read
+        assert total < 0.1

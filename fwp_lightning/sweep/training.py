@@ -164,7 +164,7 @@ def first_cause(error: BaseException) -> str:
         asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
         return (
             f"memory ran out{f' (it asked for {asked[1]})' if asked else ''}; lower data.batch_size (translation: "
-            "data.max_tokens) and raise data.accumulation by as much, which gives the same updates"
+            "data.max_tokens); where there is data.accumulation, raise it by as much and an update sees as much data"
         )
     while isinstance(error, ArgumentError) and isinstance(error.__cause__, ValueError | TypeError):
         error = error.__cause__
