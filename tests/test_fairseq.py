@@ -5,6 +5,7 @@ import itertools
 import re
 import subprocess
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -480,6 +481,16 @@ def test_two_processes_train_and_resume(corpus: Path, tmp_path: Path) -> None:
         for name in ("checkpoint1", "checkpoint2")
     }
     assert updates["checkpoint2"] == 2 * updates["checkpoint1"] > 0
+
+
+def test_advice_that_nobody_can_follow_stays_unseen_in_later_runs_too() -> None:
+    compatibility.install()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        compatibility.install()
+        warnings.warn("Support for mismatched key_padding_mask and attn_mask is deprecated.", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert [str(warning.message) for warning in seen] == ["something else"]
 
 
 def test_all_rules_have_all_sizes() -> None:

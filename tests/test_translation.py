@@ -87,6 +87,23 @@ def trainer(folder: Path, **options: Any) -> L.Trainer:
 # the same numbers as fairseq's
 
 
+def losses_of_fairseq_train(caplog: pytest.LogCaptureFixture, folder: str, *options: str) -> list[float]:
+    """The loss of each update, in three digits, of fairseq-train with the settings of `task` and `data`."""
+    sizes = [f"--{part}-{name}" for part in ("encoder", "decoder") for name in
+             ("layers=1", "embed-dim=32", "ffn-embed-dim=32", "attention-heads=2")]  # fmt: skip
+    arguments = [
+        folder, "--arch=fwp_delta", *sizes, "--share-all-embeddings", "--cpu", "--seed=3", "--max-tokens=300",
+        "--optimizer=adam", "--adam-betas=(0.9, 0.98)", "--lr=3e-3", "--lr-scheduler=inverse_sqrt",
+        "--warmup-updates=4", "--warmup-init-lr=1e-7", "--criterion=label_smoothed_cross_entropy",
+        "--label-smoothing=0.1", "--log-interval=1", "--log-format=json", "--max-source-positions=64",
+        "--max-target-positions=64", *options,
+    ]  # fmt: skip
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert main(["fairseq-train", *arguments]) == 0
+    return [float(json.loads(r.getMessage())["loss"]) for r in caplog.records if r.name == "train_inner"]
+
+
 @needs_fairseq
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -96,18 +113,8 @@ def test_loss_curve_is_that_of_fairseq_train(
     ours, corpus = task(), data(accumulation=accumulation)
     ours.architecture = EncoderDecoder(1, 32, 2, 32, dropout=dropout)
     trainer(project).fit(ours, corpus)
-    sizes = [f"--{part}-{name}" for part in ("encoder", "decoder") for name in
-             ("layers=1", "embed-dim=32", "ffn-embed-dim=32", "attention-heads=2")]  # fmt: skip
-    arguments = [
-        str(corpus.folder), "--arch=fwp_delta", *sizes, f"--dropout={dropout}", "--share-all-embeddings", "--cpu",
-        "--seed=3", "--max-tokens=300", f"--update-freq={accumulation}", "--max-update=10", "--optimizer=adam",
-        "--adam-betas=(0.9, 0.98)", "--lr=3e-3", "--lr-scheduler=inverse_sqrt", "--warmup-updates=4",
-        "--warmup-init-lr=1e-7", "--criterion=label_smoothed_cross_entropy", "--label-smoothing=0.1", "--no-save",
-        "--log-interval=1", "--log-format=json", "--max-source-positions=64", "--max-target-positions=64",
-    ]  # fmt: skip
-    with caplog.at_level(logging.INFO):
-        assert main(["fairseq-train", *arguments]) == 0
-    theirs = [float(json.loads(r.getMessage())["loss"]) for r in caplog.records if r.name == "train_inner"]
+    options = [f"--dropout={dropout}", f"--update-freq={accumulation}", "--max-update=10", "--no-save"]
+    theirs = losses_of_fairseq_train(caplog, str(corpus.folder), *options)
     assert len(theirs) == len(ours.logged["train/loss"]) == 10
     # fairseq prints three digits
     assert [round(loss, 3) for loss in ours.logged["train/loss"]] == pytest.approx(theirs, abs=1.001e-3)
@@ -236,6 +243,23 @@ def test_checkpoints_convert_both_ways(project: Path, capsys: pytest.CaptureFixt
     second.test(other, data(), ckpt_path=project / "back.ckpt", weights_only=True, verbose=False)
     assert other._translations == found._translations
     assert other.steps == 10
+
+
+@needs_fairseq
+def test_fairseq_trains_on_from_a_checkpoint_of_lightning(project: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ours, run, corpus = task(keep_checkpoint=False), trainer(project), data()
+    run.fit(ours, corpus)
+    # the weights of the best validation are what is converted; without one, the last ones
+    ours._best = None
+    run.save_checkpoint(project / "ours.ckpt")
+    assert main(["fairseq-convert", f"--input={project / 'ours.ckpt'}", f"--output={project / 'theirs.pt'}"]) == 0
+    fresh = [f"--reset-{part}" for part in ("optimizer", "dataloader", "meters", "lr-scheduler")]
+    restored = [f"--restore-file={project / 'theirs.pt'}", *fresh, f"--save-dir={project / 'more'}", "--dropout=0"]
+    further = losses_of_fairseq_train(caplog, str(corpus.folder), *restored, "--max-update=3", "--no-save")
+    first, last = ours.logged["train/loss"][0], ours.logged["train/loss"][-1]
+    assert len(further) == 3
+    # the same first batch, with the weights that Lightning left
+    assert further[0] < (first + last) / 2
 
 
 @needs_fairseq

@@ -98,8 +98,8 @@ def check_run(run: Run) -> str | None:
     """Build a run's data and model on the meta device; return what is wrong with its configuration, None if nothing."""
     place = f"{run.experiment}, row {run.row!r}" + (f", {run.point}" if run.point else "")
     try:
-        if misspelt := unknown_key(run.config):
-            return f"{run.base_file or place}: {misspelt}"
+        if problem := unknown_key(run.config) or missing_devices(run.config["trainer"]):
+            return f"{run.base_file or place}: {problem}"
         with quiet_lightning():
             cli = RunCLI(run.config, {"logger": False, **SILENT_TRAINER}, [])
             build_on_meta(cli.model, cli.datamodule)
@@ -147,6 +147,21 @@ def _unknown_in(place: str, kind: Any, settings: Config) -> str | None:
         if is_group and (said := _unknown_in(f"{place}.{key}", types[key], value)):
             return said
     return None
+
+
+def missing_devices(trainer: Config) -> str | None:
+    """Return which GPUs a trainer asks for that this machine does not have, None if there are enough."""
+    if trainer.get("accelerator") not in ("gpu", "cuda"):
+        return None
+    asked, here = trainer.get("devices", 1), torch.cuda.device_count()
+    needed = max(asked) + 1 if isinstance(asked, list) else asked if isinstance(asked, int) else 1
+    if max(needed, 1) <= here:
+        return None
+    built = "" if torch.backends.cuda.is_built() else f", and torch {torch.__version__} is built without CUDA"
+    return (
+        f"trainer.accelerator={trainer['accelerator']} with trainer.devices={asked} needs a machine with as many GPUs; "
+        f"here are {here}{built}. --dry-run --measure says what the runs would cost"
+    )
 
 
 # PyTorch's allocator on the CPU has no exception of its own

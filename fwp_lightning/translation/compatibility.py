@@ -56,14 +56,19 @@ def why_unavailable() -> str | None:
     return None
 
 
-@functools.cache
 def install() -> None:
     """Make ``import fairseq`` work and be right; raise ``UserError`` where it is missing or of another version."""
+    # every time: a caller's catch_warnings forgets filters when it ends
+    _quieten()
+    _patch()
+
+
+@functools.cache
+def _patch() -> None:
     reason = why_unavailable()
     if reason:
         raise UserError(reason)
     _allow_dataclass_defaults()
-    _quieten()
     importlib.import_module("fairseq")
     _restore_numpy_names()
     _load_checkpoints()
