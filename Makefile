@@ -11,7 +11,7 @@ VENV      := .venv
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 FAIRSEQ   := $(VENV)/.fairseq
-EXPERIMENTS := $(sort $(basename $(notdir $(wildcard experiments/*.yaml))))
+EXPERIMENTS := $(filter-out claims,$(sort $(basename $(notdir $(wildcard experiments/*.yaml)))))
 
 ifeq ($(filter smoke short paper,$(PROFILE)),)
 $(error PROFILE=$(PROFILE) is not known; choose PROFILE=smoke, PROFILE=short or PROFILE=paper)

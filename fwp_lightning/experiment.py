@@ -34,6 +34,8 @@ CHECKPOINT_SECONDS = 30.0
 BASE_KEYS = ("seed_everything", "trainer", "model", "data")
 # options that came after runs had been made: dotted option -> the value at which it changes nothing
 ADDED = "added"
+# the file beside the experiments that is none: the paper's claims, read by the reports
+CLAIMS = "claims"
 EXPERIMENT_KEYS = (
     "title", "source", "base", "protocol", "seeds", "rows", "grid", "variants", "protocols", "profiles", "deviations",
     "report",
@@ -307,7 +309,7 @@ def read_yaml(path: Path) -> Config:
 
 def experiment_names(project: Project) -> list[str]:
     """Return the names of all experiments of a project, figures and tables in natural order."""
-    names = [path.stem for path in project.experiments.glob("*.yaml")]
+    names = [path.stem for path in project.experiments.glob("*.yaml") if path.stem != CLAIMS]
     return sorted(names, key=natural_key)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from fwp_lightning.errors import UserError, sentence_of
 from fwp_lightning.experiment import Project, find_project
-from reports import benchmarks, readme
-from reports.drawing import draw, shown
+from reports import benchmarks, readme, verdict_tables
+from reports.drawing import draw, draw_verdicts, shown
 from reports.sources import read_results
 
 
@@ -32,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for path in benchmarks.draw(project.root, output):
                     print(f"{benchmarks.NAME}: {shown(path, project.root)}")
             if options.names == [benchmarks.NAME]:
+                return 0
+            if options.names == [verdict_tables.NAME]:
+                draw_verdicts(project, results, output)
                 return 0
             empty = draw(project, results, options.names, output)
         for name in empty:
@@ -57,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Draws tables, figures and one HTML page from results/*.csv; trains nothing.",
     )
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="figure2, ...; none for all; bench; readme for README's blocks"
+        "names", nargs="*", metavar="NAME", help="figure2, ...; none for all; claims; bench; readme for README's blocks"
     )
     parser.add_argument("--check", action="store_true", help="with readme: fail when the block is stale, write nothing")
     parser.add_argument("--root", type=Path, help="project root (default: found from the current folder)")

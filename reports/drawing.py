@@ -8,13 +8,16 @@ from pathlib import Path
 from fwp_lightning.errors import UserError
 from fwp_lightning.experiment import Project
 from fwp_lightning.registry import did_you_mean
-from reports import figures, page, tables
+from reports import figures, page, tables, verdict_tables
 from reports.plan import load_plan, report_names, runs_of
 from reports.selection import Selection, collect, select
 from reports.sources import Results
+from reports.verdicts import Verdict
 
 PROFILES = ("paper", "short", "smoke")
 """the order of the page: what proves most comes first"""
+OTHERS = (verdict_tables.NAME, "bench", "readme")
+"""what can be asked for beside the experiments"""
 
 
 def draw(
@@ -24,7 +27,7 @@ def draw(
     known = report_names(project)
     for name in names:
         if name not in known:
-            raise UserError(f"there is no report {name!r}. {did_you_mean(name, [*known, 'bench', 'readme'])}")
+            raise UserError(f"there is no report {name!r}. {did_you_mean(name, [*known, *OTHERS])}")
     empty = [name for name in known if runs_of(project, name) not in results.experiments]
     if not names and len(empty) == len(known):
         raise UserError("no runs for any report in results/runs.csv; run `make smoke` first.")
@@ -34,10 +37,27 @@ def draw(
         entries.append(entry)
         if not names or selection.plan.name in names:
             say(_save(output, entry, project.root))
+    verdicts = verdict_tables.verdicts_of(project, results)
+    if verdicts and not names:
+        say(_save_verdicts(verdicts, output, project.root))
     if entries:
-        page.write(output / "index.html", entries)
+        page.write(output / "index.html", entries, verdicts)
         say(f"page: {shown(output / 'index.html', project.root)}")
     return [name for name in names or known if name in empty]
+
+
+def draw_verdicts(project: Project, results: Results, output: Path, say: Callable[[str], None] = print) -> None:
+    """Says and writes what holds of the paper's claims."""
+    verdicts = verdict_tables.verdicts_of(project, results)
+    if not verdicts:
+        raise UserError("there are no claims: write them in experiments/claims.yaml.")
+    say(verdict_tables.to_text(verdicts))
+    say(_save_verdicts(verdicts, output, project.root))
+
+
+def _save_verdicts(verdicts: Sequence[Verdict], output: Path, root: Path) -> str:
+    paths = verdict_tables.save(verdicts, output)
+    return f"{verdict_tables.NAME}: {', '.join(shown(path, root) for path in paths)}"
 
 
 def selections(project: Project, results: Results, names: Sequence[str]) -> list[Selection]:

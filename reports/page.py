@@ -10,10 +10,11 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from reports import figures, tables, wording
+from reports import figures, tables, verdict_tables, wording
 from reports.palette import DARK, looks_of
 from reports.selection import Cell, Selection
 from reports.sources import Run, Translation
+from reports.verdicts import Verdict
 
 PROFILE_WORDS = {
     "paper": "the claim itself, as in the paper",
@@ -57,8 +58,8 @@ class MatrixCell:
     released: str
 
 
-def write(path: Path, entries: Sequence[Entry]) -> None:
-    """Writes the page; `entries` come in the order of the page."""
+def write(path: Path, entries: Sequence[Entry], verdicts: Sequence[Verdict] = ()) -> None:
+    """Writes the page: the verdicts on the paper's claims, then `entries` in their order."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -68,8 +69,34 @@ def write(path: Path, entries: Sequence[Entry]) -> None:
     )
     template = environment.get_template("page.html.j2")
     path.parent.mkdir(parents=True, exist_ok=True)
-    html = template.render(groups=_groups(entries), colours=DARK, profile_words=PROFILE_WORDS)
+    html = template.render(
+        groups=_groups(entries), colours=DARK, profile_words=PROFILE_WORDS, claims=_claims(entries, verdicts)
+    )
     path.write_text(html, encoding="utf-8", newline="\n")
+
+
+def _claims(entries: Sequence[Entry], verdicts: Sequence[Verdict]) -> dict[str, object] | None:
+    if not verdicts:
+        return None
+    drawn = {entry.anchor for entry in entries}
+    lines = [
+        {
+            "verdict": line.verdict,
+            "protocols": ", ".join(line.protocols),
+            "basis": verdict_tables.basis(line.verdict),
+            "links": [(name, anchor) for name, anchor in line.anchors if anchor in drawn],
+        }
+        for line in verdict_tables.lines_of(verdicts)
+    ]
+    return {
+        "title": verdict_tables.TITLE,
+        "how_to_read": verdict_tables.HOW_TO_READ,
+        "lines": lines,
+        "notes": verdict_tables.notes(verdicts),
+        "provenance": verdict_tables.provenance(verdicts),
+        "csv": _data_uri(verdict_tables.to_csv(verdicts)),
+        "runs_csv": _data_uri(verdict_tables.to_runs_csv(verdicts)),
+    }
 
 
 def _groups(entries: Sequence[Entry]) -> list[dict[str, object]]:

@@ -1,4 +1,4 @@
-"""Keeps README's blocks, results and benchmarks, equal to results/*.csv."""
+"""Keeps README's blocks, verdicts, results and benchmarks, equal to results/*.csv."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fwp_lightning.errors import UserError, sentence_of
 from fwp_lightning.experiment import Experiment, Project, View, load_experiment
-from reports import benchmarks, wording
+from reports import benchmarks, verdict_tables, wording
 from reports.plan import Plan, load_plan, report_names
 from reports.selection import Cell, Selection, collect, select
 from reports.sources import Results
@@ -26,7 +26,10 @@ def rewrite(project: Project, results: Results, *, check: bool) -> str:
         reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else sentence_of(error)
         raise UserError(f"{path} cannot be read: {reason}; the block needs a README with {BEGIN} and {END}.") from error
     fresh = _replaced(path, text, (BEGIN, END), block(project, results))
-    # a README need not have it
+    # a README need not have the others
+    if verdict_tables.BEGIN in text:
+        verdicts = verdict_tables.block(verdict_tables.verdicts_of(project, results))
+        fresh = _replaced(path, fresh, (verdict_tables.BEGIN, verdict_tables.END), verdicts)
     if benchmarks.BEGIN in text:
         fresh = _replaced(path, fresh, (benchmarks.BEGIN, benchmarks.END), benchmarks.block(project.root))
     if fresh == text:

@@ -135,15 +135,18 @@ def to_markdown(table: Table, selection: Selection) -> str:
 def to_latex(table: Table, selection: Selection) -> str:
     """The table for a paper that loads booktabs, and longtable where it does not fit on a page."""
     columns = "l" * table.n_names + "r" * (len(table.header) - table.n_names)
+    return latex_table(table, [wording.provenance(selection), caption(selection), *notes(selection)], columns)
+
+
+def latex_table(table: Table, comments: Sequence[str], columns: str) -> str:
+    """A table in LaTeX below its comments; one that does not fit on a page is a longtable."""
     head = " & ".join(map(_escape, table.header)) + r" \\"
     body = [" & ".join(map(_escape, line)) + r" \\" for line in table.lines]
     long = len(table.lines) > LONGEST_TABULAR
     environment = "longtable" if long else "tabular"
     top = [r"\toprule", head, r"\midrule", *([r"\endhead"] if long else [])]
     lines = [
-        f"% {wording.provenance(selection)}",
-        f"% {caption(selection)}",
-        *(f"% {note}" for note in notes(selection)),
+        *(f"% {comment}" for comment in comments),
         rf"\begin{{{environment}}}{{{columns}}}",
         *top,
         *body,

@@ -17,6 +17,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from fwp_lightning.experiment import Project, experiment_names
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 HELP_SECONDS = 1.0
@@ -57,13 +59,13 @@ def makefile_targets() -> set[str]:
 
 
 def experiments() -> set[str]:
-    return {path.stem for path in (ROOT / "experiments").glob("*.yaml")}
+    return set(experiment_names(Project(ROOT)))
 
 
 def reports() -> set[str]:
     """What `python -m reports` takes: an experiment, one that README has its reader write, or README's own block."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    return experiments() | set(re.findall(r"^# experiments/(\w+)\.yaml$", readme, flags=re.M)) | {"readme"}
+    return experiments() | set(re.findall(r"^# experiments/(\w+)\.yaml$", readme, flags=re.M)) | {"readme", "claims"}
 
 
 def is_target(name: str) -> bool:
