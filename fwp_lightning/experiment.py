@@ -9,6 +9,7 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -17,10 +18,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fwp_lightning.errors import UserError
 from fwp_lightning.registry import did_you_mean
+from fwp_lightning.yaml_files import read_yaml
 
 Config = dict[str, Any]
 
@@ -29,6 +29,13 @@ PROFILES = ("smoke", "short", "paper")
 DEFAULT_PROTOCOL = "released"
 STATISTICS = ("last", "best")
 LARGEST_SEED = 2**32 - 1
+MOST_RUNS = 100_000
+MOST_DEVICES = 4096
+# experiments and protocols name files and folders
+FILE_NAME = re.compile(r"[^\W_][\w+-]{0,63}")
+# a spreadsheet takes a cell that begins with one of these for a formula
+FORMULA_STARTS = ("=", "+", "-", "@")
+LONGEST_VALUE = 200
 # seconds of training between two checkpoints of a run
 CHECKPOINT_SECONDS = 30.0
 BASE_KEYS = ("seed_everything", "trainer", "model", "data")
@@ -235,11 +242,17 @@ class Run:
             *parents, last = key.split(".")
             node: Any = config
             for part in parents:
-                node = _inside(node, part)[part]
+                node = _inside(node, part)
+                node = node.get(part) if isinstance(node, dict) else None
             node = _inside(node, last)
-            if node[last] == neutral and type(node[last]) is type(neutral):
+            # a run of another class has no such option
+            if isinstance(node, dict) and last in node and _is_same(node[last], neutral):
                 del node[last]
         return config
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    return value == other and type(value) is type(other)
 
 
 def sha256_of(value: Any) -> str:
@@ -266,45 +279,6 @@ def _names_a_path(key: str) -> bool:
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
-
-
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML as people write it: 1e-3 is a number, and a key that stands twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                where = f"line {key_node.start_mark.line + 1}"
-                raise UserError(f"the key {key_node.value!r} stands twice, again at {where}; keep one of them")
-            seen.add(str(key_node.value))
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def read_yaml(path: Path) -> Config:
-    """Return the mapping in a YAML file; a missing or broken file is one sentence."""
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader, see above
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text in UTF-8 (byte {error.start}); save it as UTF-8.") from error
-    except UserError as error:
-        raise UserError(f"{path}: {error}.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{place} is not YAML: {getattr(error, 'problem', error)}.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a mapping of keys to values, not {type(content).__name__}.")
-    return content
 
 
 def experiment_names(project: Project) -> list[str]:
@@ -345,6 +319,11 @@ def load_experiment(name: str, project: Project) -> Experiment | View:
 
 
 def _open(name: str, project: Project) -> tuple[_Reader, Config]:
+    if not FILE_NAME.fullmatch(name):
+        raise UserError(
+            f"experiments/{name}.yaml: {name!r} is no name for folders of results; rename the file to letters, digits, "
+            "_, + and -."
+        )
     path = project.experiments / f"{name}.yaml"
     return _Reader(f"experiments/{path.name}"), read_yaml(path)
 
@@ -363,19 +342,31 @@ class _Reader:
             if key not in known:
                 raise self.fail(place, f"unknown key {key!r}. {did_you_mean(str(key), list(known))}")
 
-    def text(self, content: Mapping[str, Any], key: str, default: str | None = None) -> str:
+    def text(self, content: Mapping[str, Any], key: str, default: str | None = None, place: str = "") -> str:
         value = content.get(key, default)
         if not isinstance(value, str):
-            raise self.fail(key, f"must be a text, not {value!r}." if key in content else "is missing.")
-        return value
+            raise self.fail(
+                f"{place}{key}", f"must be a text, not {_short(value)}." if key in content else "is missing."
+            )
+        return " ".join(value.split())
 
     def mapping(self, content: Mapping[str, Any], key: str, place: str = "") -> Config:
         value = content.get(key)
         if value is None:
             return {}
         if not isinstance(value, dict):
-            raise self.fail(f"{place}{key}", f"must be a mapping, not {value!r}.")
+            raise self.fail(f"{place}{key}", f"must be a mapping, not {_short(value)}.")
         return {str(name): item for name, item in value.items()}
+
+    def mappings(self, content: Mapping[str, Any], key: str, place: str = "") -> dict[str, Config]:
+        """A mapping of names to mappings; the names stand in tables and CSV files."""
+        named = self.mapping(content, key, place)
+        for name in named:
+            if name.startswith(FORMULA_STARTS):
+                raise self.fail(
+                    f"{place}{key}", f"{name!r} begins like a formula of a spreadsheet; choose another name."
+                )
+        return {name: self.mapping(named, name, f"{place}{key}.") for name in named}
 
     def seeds(self, content: Mapping[str, Any], place: str) -> list[int] | None:
         value = content.get("seeds")
@@ -383,7 +374,7 @@ class _Reader:
             return None
         numbers = isinstance(value, list) and all(type(seed) is int for seed in value)
         if not numbers or not value or len(set(value)) < len(value):
-            raise self.fail(place, f"must be a list of different whole numbers, as in [1, 2, 3], not {value!r}.")
+            raise self.fail(place, f"must be a list of different whole numbers, as in [1, 2, 3], not {_short(value)}.")
         for seed in value:
             if not 0 <= seed <= LARGEST_SEED:
                 raise self.fail(place, f"{seed} is no seed; seeds go from 0 to {LARGEST_SEED}.")
@@ -393,9 +384,16 @@ class _Reader:
         grid = self.mapping(content, key, place)
         for name, values in grid.items():
             if not isinstance(values, list) or not values:
-                raise self.fail(f"{place}{key}.{name}", f"must be a list of values, as in [20, 40], not {values!r}.")
+                raise self.fail(
+                    f"{place}{key}.{name}", f"must be a list of values, as in [20, 40], not {_short(values)}."
+                )
             if len({json.dumps(value) for value in values}) < len(values):
-                raise self.fail(f"{place}{key}.{name}", f"holds a value twice: {values!r}.")
+                raise self.fail(f"{place}{key}.{name}", f"holds a value twice: {_short(values)}.")
+            for value in values:
+                if isinstance(value, str) and re.search(r"[,\n\t]", value):
+                    raise self.fail(
+                        f"{place}{key}.{name}", f"{_short(value)} has a comma or a line break; leave it out."
+                    )
         return grid
 
     def row_names(self, content: Mapping[str, Any], rows: Mapping[str, Any], place: str) -> list[str] | None:
@@ -403,7 +401,7 @@ class _Reader:
         if value is None:
             return None
         if not isinstance(value, list) or not value:
-            raise self.fail(f"{place}rows", f"must be a list of row names, not {value!r}.")
+            raise self.fail(f"{place}rows", f"must be a list of row names, not {_short(value)}.")
         for row in value:
             self.known_row(str(row), rows, f"{place}rows")
         return [str(row) for row in value]
@@ -427,8 +425,10 @@ class _Reader:
     def experiment(self, name: str, content: Config, project: Project) -> Experiment:
         self.known_keys(content, EXPERIMENT_KEYS, "")
         base_file = self.text(content, "base")
+        if not (project.experiments / base_file).resolve().is_relative_to(project.experiments.resolve()):
+            raise self.fail("base", f"{base_file!r} lies outside of experiments/; name a file in it.")
         base, added = read_base(project.experiments / base_file)
-        rows = {row: settings or {} for row, settings in self.mapping(content, "rows").items()}
+        rows = self.mappings(content, "rows")
         if not rows:
             raise self.fail("rows", "is missing; name at least one row.")
         for row in rows:
@@ -461,15 +461,18 @@ class _Reader:
 
     def protocols(self, content: Config, base: Config, rows: Config) -> dict[str, Protocol]:
         found = {}
-        for name, settings in self.mapping(content, "protocols").items():
+        for name, settings in self.mappings(content, "protocols").items():
             place = f"protocols.{name}."
-            settings = settings or {}
+            if not FILE_NAME.fullmatch(name):
+                raise self.fail(
+                    "protocols", f"{name!r} is no name for folders of results; use letters, digits, _, + and -."
+                )
             self.known_keys(settings, ("version", "statistic", "set", "rows"), place[:-1])
             version, statistic = settings.get("version", 1), settings.get("statistic", STATISTICS[0])
             if type(version) is not int or version < 1:
-                raise self.fail(f"{place}version", f"must be a whole number from 1, not {version!r}.")
+                raise self.fail(f"{place}version", f"must be a whole number from 1, not {_short(version)}.")
             if statistic not in STATISTICS:
-                raise self.fail(f"{place}statistic", f"must be {' or '.join(STATISTICS)}, not {statistic!r}.")
+                raise self.fail(f"{place}statistic", f"must be {' or '.join(STATISTICS)}, not {_short(statistic)}.")
             shared = self.overrides(settings, "set", base, place)
             by_row = self.row_overrides(settings, "rows", base, rows, place)
             found[name] = Protocol(version=version, statistic=statistic, set=shared, rows=by_row)
@@ -477,9 +480,8 @@ class _Reader:
 
     def variants(self, content: Config, base: Config, place: str = "") -> dict[str, dict[str, Config]]:
         found: dict[str, dict[str, Config]] = {}
-        for key in self.mapping(content, "variants", place):
+        for key, named in self.mappings(content, "variants", place).items():
             here = f"{place}variants.{key}."
-            named = self.mapping(content["variants"], key, f"{place}variants.")
             found[key] = {value: self.overrides(named, value, base, here) for value in named}
         return found
 
@@ -487,10 +489,9 @@ class _Reader:
         self, content: Config, base: Config, rows: Config, variants: dict[str, dict[str, Config]]
     ) -> dict[str, Profile]:
         found = {}
-        for name, settings in self.mapping(content, "profiles").items():
+        for name, settings in self.mappings(content, "profiles").items():
             place = f"profiles.{name}."
             self.known_keys({name: None}, PROFILES, "profiles")
-            settings = settings or {}
             self.known_keys(settings, tuple(Profile.__dataclass_fields__), place[:-1])
             grid = self.grid(settings, "grid", place) if "grid" in settings else None
             own = self.variants(settings, base, place)
@@ -521,22 +522,24 @@ class _Reader:
                 merge(copy.deepcopy(base), {key: values[0]}, f"{self.file}: {place}")
                 continue
             for value in values:
-                if value not in variants[key]:
+                if not isinstance(value, str) or value not in variants[key]:
                     known = did_you_mean(str(value), list(variants[key]))
-                    raise self.fail(f"{place}.{key}", f"variants has no {value!r}. {known}")
+                    raise self.fail(f"{place}.{key}", f"variants has no {_short(value)}. {known}")
 
     def deviations(self, content: Config, known: set[str]) -> dict[str, str]:
         sentences = self.mapping(content, "deviations")
         self.known_keys(sentences, sorted(known), "deviations")
-        return {key: " ".join(str(text).split()) for key, text in sentences.items()}
+        return {
+            key: self.text(sentences, key, place="deviations.") for key, text in sentences.items() if text is not None
+        }
 
     def view(self, name: str, content: Config, parent: Experiment) -> View:
         profiles = {}
-        for profile, settings in self.mapping(content, "profiles").items():
+        for profile, settings in self.mappings(content, "profiles").items():
             place = f"profiles.{profile}."
             self.known_keys({profile: None}, tuple(parent.profiles), "profiles")
-            self.known_keys(settings or {}, ("rows", "grid"), place[:-1])
-            profiles[profile] = self.view_filter(settings or {}, parent, place)
+            self.known_keys(settings, ("rows", "grid"), place[:-1])
+            profiles[profile] = self.view_filter(settings, parent, place)
         return View(
             name=name,
             parent=parent,
@@ -558,7 +561,7 @@ def read_base(path: Path) -> tuple[Config, Config]:
     base = read_yaml(path)
     added = base.pop(ADDED, None) or {}
     if not isinstance(added, dict):
-        raise UserError(f"{path}: {ADDED} must be a mapping of options to neutral values, not {added!r}.")
+        raise UserError(f"{path}: {ADDED} must be a mapping of options to neutral values, not {_short(added)}.")
     for key in BASE_KEYS:
         if key not in base:
             raise UserError(f"{path}: the key {key!r} is missing; a base configuration is complete.")
@@ -567,9 +570,33 @@ def read_base(path: Path) -> tuple[Config, Config]:
             raise UserError(f"{path}: unknown key {key!r}. {did_you_mean(str(key), [*BASE_KEYS, ADDED])}")
     seed = base["seed_everything"]
     if type(seed) is not int or not 0 <= seed <= LARGEST_SEED:
-        raise UserError(f"{path}: seed_everything={seed!r} must be a whole number from 0 to {LARGEST_SEED}.")
+        raise UserError(f"{path}: seed_everything={_short(seed)} must be a whole number from 0 to {LARGEST_SEED}.")
     merge(copy.deepcopy(base), added, f"{path}: {ADDED}")
+    _require_parts(base, str(path))
     return base, added
+
+
+def _require_parts(config: Config, place: str) -> None:
+    """Refuse a configuration without a trainer's settings, or whose model or data name no class."""
+    trainer = config["trainer"]
+    if not isinstance(trainer, dict):
+        raise UserError(f"{place}: trainer must be a mapping of settings, not {_short(trainer)}.")
+    devices = trainer.get("devices")
+    # Lightning makes a list of them, however many they are
+    if type(devices) is int and devices > MOST_DEVICES:
+        raise UserError(f"{place}: trainer.devices={_short(devices)} are more than {MOST_DEVICES}.")
+    for part in ("model", "data"):
+        settings = config[part]
+        if not isinstance(settings, dict) or not isinstance(settings.get("class_path"), str):
+            raise UserError(f"{place}: {part} must name its class, as in {{class_path: ...}}, not {_short(settings)}.")
+        if not isinstance(settings.get("init_args"), dict | None):
+            raise UserError(f"{place}: {part} must be a mapping of settings, not {_short(settings['init_args'])}.")
+
+
+def _short(value: Any) -> str:
+    """Return a value as it stands in a complaint."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
 
 
 # --- resolving -------------------------------------------------------------------------------------------------------
@@ -600,7 +627,9 @@ def _set(config: Config, key: str, value: Any, place: str) -> None:
             _set(config, f"{key}.{name}", item, place)
     elif isinstance(current, dict) and value is not None and not isinstance(value, dict):
         names = ", ".join(_inside(current, ""))
-        raise UserError(f"{place}: {key} is a group of settings ({names}) and cannot be {value!r}; set one of them.")
+        raise UserError(
+            f"{place}: {key} is a group of settings ({names}) and cannot be {_short(value)}; set one of them."
+        )
     else:
         node[last] = copy.deepcopy(value)
 
@@ -639,6 +668,9 @@ def resolve_runs(
     if not names:
         raise UserError(f"{experiment.name} has none of the rows {', '.join(rows or ())} in the profile {profile}.")
     seeds = seeds or chosen.seeds or experiment.seeds
+    number = sum(_count_points(experiment, chosen, row) for row in names) * len(seeds)
+    if number > MOST_RUNS:
+        raise UserError(f"{experiment.name} has {number:,} runs in the profile {profile}; {MOST_RUNS:,} is the most.")
     return [
         _resolve(experiment, row, point, seed, profile, protocol)
         for row in names
@@ -664,9 +696,17 @@ def _profile(experiment: Experiment, profile: str) -> Profile:
     return experiment.profiles[profile]
 
 
-def _points(experiment: Experiment, profile: Profile, row: str) -> Iterator[Config]:
+def _grid(experiment: Experiment, profile: Profile, row: str) -> dict[str, list[Any]]:
     grid = experiment.grid if profile.grid is None else profile.grid
-    grid = {**grid, **profile.row_grid.get(row, {})}
+    return {**grid, **profile.row_grid.get(row, {})}
+
+
+def _count_points(experiment: Experiment, profile: Profile, row: str) -> int:
+    return math.prod(len(values) for values in _grid(experiment, profile, row).values())
+
+
+def _points(experiment: Experiment, profile: Profile, row: str) -> Iterator[Config]:
+    grid = _grid(experiment, profile, row)
     for values in itertools.product(*grid.values()):
         yield dict(zip(grid, values, strict=True))
 
@@ -681,6 +721,7 @@ def _resolve(experiment: Experiment, row: str, point: Config, seed: int, profile
     layers = [how.set, scale.set, experiment.rows[row], how.rows.get(row), scale.row_set.get(row), settings]
     for layer in layers:
         merge(config, layer or {}, f"{experiment.name}, row {row!r}")
+    _require_parts(config, f"{experiment.name}, row {row!r}")
     config["seed_everything"] = seed
     sentences = [experiment.deviations.get(key, "") for key in (profile, protocol)]
     return Run(

@@ -12,7 +12,6 @@ report:
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,10 +24,10 @@ from fwp_lightning.experiment import (
     experiment_names,
     load_experiment,
     natural_key,
-    read_yaml,
     resolve_runs,
 )
 from fwp_lightning.registry import did_you_mean
+from fwp_lightning.yaml_files import read_yaml
 
 KINDS = ("capacity_plot", "learning_curves", "table")
 ONE_NUMBER = re.compile(r"[^=,]+=[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -271,7 +270,8 @@ def _axis(where: str, section: Any) -> Axis:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # an axis ends far below the largest double
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _check_keys(where: str, section: Any, known: Iterable[str]) -> None:

@@ -17,11 +17,11 @@ from fwp_lightning.experiment import (
     load_experiment,
     natural_key,
     point_name,
-    read_yaml,
     resolve_runs,
     sha256_of,
     with_imports,
 )
+from fwp_lightning.yaml_files import read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 

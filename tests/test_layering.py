@@ -31,7 +31,8 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "tasks": {"errors", "registry", "seeding", "ops", "attention", "models", "data", "translation"},
     "generation": {"errors", "registry", "ops", "attention", "models", "data"},
     "results_csv": {"errors"},
-    "experiment": {"errors", "registry"},
+    "yaml_files": {"errors"},
+    "experiment": {"errors", "registry", "yaml_files"},
     "tracking": {"errors", "registry", "experiment"},
     "results": {"errors", "registry", "experiment", "tracking", "results_csv"},
     "bench": {
@@ -48,7 +49,7 @@ ONLY_IN = {
     "fairseq": {"translation", "data", "tasks"},
     "matplotlib": set[str](),
 }
-REPORTS_MAY_IMPORT = {"errors", "registry", "experiment", "results_csv"}
+REPORTS_MAY_IMPORT = {"errors", "registry", "yaml_files", "experiment", "results_csv"}
 REPORTS_NEVER_IMPORT = {"torch", "mlflow", "lightning", "torchmetrics"}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
 MAX_FUNCTION_LINES = 40
