@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fwp_lightning.errors import UserError
-from fwp_lightning.experiment import CLAIMS, Project, View, load_experiment, read_yaml, resolve_runs
+from fwp_lightning.experiment import CLAIMS, Project, View, load_experiment, resolve_runs
 from fwp_lightning.registry import did_you_mean
+from fwp_lightning.yaml_files import read_yaml
 from reports.plan import Metric, read_spec, report_names
 
 TESTS = ("over_points", "over_seeds", "capacity")
