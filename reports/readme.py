@@ -65,7 +65,44 @@ def block(project: Project, results: Results) -> str:
             if plan.spec.readme:
                 plans.setdefault(protocol, []).append(plan)
     parts = [_protocol(protocol, members, results) for protocol, members in plans.items()]
+    parts += _tables(project, results)
     return "\n\n".join(parts) or "No experiment names points for this block."
+
+
+def _tables(project: Project, results: Results) -> list[str]:
+    """Ours beside the paper's numbers for every table that has runs of more than the profile smoke."""
+    sections = []
+    for name in report_names(project):
+        experiment = load_experiment(name, project)
+        if isinstance(experiment, View) or (profile := _profile(experiment, results)) == BEST_FIRST[-1]:
+            continue
+        for protocol in dict.fromkeys([experiment.protocol, *experiment.protocols]):
+            plan = load_plan(project, name, profile, protocol)
+            selection = select(plan, results)
+            if plan.spec.kind == "table" and selection.runs:
+                sections.append(_table_section(selection, results))
+    if not sections:
+        return []
+    return [
+        "### Tables\n\nOurs / the paper, which is not comparable in size where the profile is not `paper`.",
+        *sections,
+    ]
+
+
+def _table_section(selection: Selection, results: Results) -> str:
+    """One line per row, one column per point and metric that the paper has a number of."""
+    plan = selection.plan
+    cells = {(cell.row, cell.point, cell.metric.name): cell for cell in collect(selection, results)}
+    known = {key[1:] for key, cell in cells.items() if cell.released}
+    columns = [
+        (point, metric) for point in plan.points for metric in plan.spec.metrics if (point, metric.name) in known
+    ]
+    header = ("model", *(wording.column(point, metric) for point, metric in columns))
+    rows = [name for row in plan.rows for name in plan.spec.lines_of(row)]
+    lines = [(row, *(_pair(cells.get((row, point, metric.name)), plan) for point, metric in columns)) for row in rows]
+    body = markdown_lines(Table(header, tuple(lines), 1))
+    deviations = [f"* {what}" for what in plan.deviations]
+    return "\n".join([_headline(selection, f", protocol `{plan.protocol}`"), "", *body, "", *deviations])
 
 
 def _profile(experiment: Experiment, results: Results) -> str:
@@ -84,10 +121,13 @@ def _protocol(protocol: str, plans: list[Plan], results: Results) -> str:
 
 
 def _section(selection: Selection, results: Results) -> str:
+    return "\n".join([_headline(selection), "", *markdown_lines(_table(selection, results))])
+
+
+def _headline(selection: Selection, protocol: str = "") -> str:
     plan = selection.plan
     origin = ", ".join(part for part in (plan.source.split(",")[0], f"profile `{plan.profile}`") if part)
-    head = f"**{plan.title}**: {origin}, {wording.completeness(selection)}."
-    return "\n".join([head, "", *markdown_lines(_table(selection, results))])
+    return f"**{plan.title}**: {origin}{protocol}, {wording.completeness(selection)}."
 
 
 def _table(selection: Selection, results: Results) -> Table:

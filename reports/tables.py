@@ -62,8 +62,7 @@ def _columns_table(selection: Selection, cells: Sequence[Cell]) -> Table:
     columns = [(point, metric) for point in plan.points for metric in plan.spec.metrics]
     header = ["model"]
     for point, metric in columns:
-        name = " ".join(part for part in (wording.point_value(point)[1], metric.label) if part)
-        header += [f"{name}, {plan.statistic}: ours", "paper", "difference"]
+        header += [f"{wording.column(point, metric)}, {plan.statistic}: ours", "paper", "difference"]
     lines = []
     for name in (name for row in plan.rows for name in plan.spec.lines_of(row)):
         line = [name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from reports.plan import Plan
+from reports.plan import Metric, Plan
 from reports.selection import Cell, Selection, Summary
 from reports.sources import Reference
 
@@ -134,6 +134,11 @@ def point_value(point: str) -> tuple[str, str]:
     """Splits `n_keys=100` into the paper's letter S and the value; a point of several keys is kept whole."""
     key, equals, value = point.partition("=")
     return (SYMBOLS.get(key, key), value) if equals and "=" not in value else ("point", point)
+
+
+def column(point: str, metric: Metric) -> str:
+    """`small test`: what a table's column holds."""
+    return " ".join(part for part in (point_value(point)[1], metric.label) if part)
 
 
 def only_point(plan: Plan) -> str:

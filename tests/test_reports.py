@@ -679,6 +679,22 @@ def test_readme_leaves_a_point_empty_that_the_profile_does_not_have(bench: Bench
     assert lines[2] == ["Linear", "0.300 (1/2) / --", ""]
 
 
+def test_readme_has_tables_of_all_profiles_but_smoke(bench: Bench) -> None:
+    table = {"experiment": "table9", "point": "", "protocol": "corrected", "metric": "test/bleu"}
+    bench.edit("table9", profiles={"smoke": {}, "short": {}})
+    bench.add("Delta Network", [27.0], profile="smoke", **table)
+    bench.paper("Delta Network", "bleu", "27.7", experiment="table9", point="", split="test")
+    assert bench.draw("readme") == 0
+    assert "### Tables" not in (bench.root / "README.md").read_text()
+    bench.add("Delta Network", [25.0], **table)
+    assert bench.draw("readme") == 0
+    block = (bench.root / "README.md").read_text().split("### Tables")[1]
+    assert "Table 9, profile `short`, protocol `corrected`, 1 of" in block
+    # no column for what the paper has no number of
+    assert cells_of(block)[0] == ["model", "BLEU"]
+    assert ["Delta Network", "25.0 (1/2) / 27.7"] in cells_of(block)
+
+
 def test_readme_that_is_no_text(full: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     path = full.write().root / "README.md"
     path.write_bytes(b"\xff")
