@@ -83,10 +83,8 @@ def _tables(project: Project, results: Results) -> list[str]:
                 sections.append(_table_section(selection, results))
     if not sections:
         return []
-    return [
-        "### Tables\n\nOurs / the paper, which is not comparable in size where the profile is not `paper`.",
-        *sections,
-    ]
+    note = "In profiles other than `paper` texts and models are smaller: compare rows, not numbers."
+    return [f"### Tables\n\nOurs / the paper. {note}", *sections]
 
 
 def _table_section(selection: Selection, results: Results) -> str:
