@@ -505,7 +505,7 @@ def _rerun(options: argparse.Namespace) -> int:
     _import_user_files(options.imports)
     # a run that only the CSV files know needs no store, and none is made for it
     absent = project.store_file is not None and not project.store_file.exists()
-    return rerun(options.run_key, None if absent else open_store(project), project, prepare)
+    return rerun(options.run_key, None if absent else open_store(project), project, prepare, options.imports)
 
 
 def _reports_module(name: str) -> Any:

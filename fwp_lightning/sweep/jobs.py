@@ -145,9 +145,12 @@ class SlurmSweep(Sweep):
 
     def train(self, display: Display) -> None:
         """Check one run of every row, submit what is not in the queue yet, and wait."""
+        from fwp_lightning.sweep.cost import on_this_machine
+
         self._display = display
         try:
-            check_rows_here(self.plan.pending, self.settings.origin.imports)
+            # what a run on a node will be can be checked where there is no GPU
+            check_rows_here(map(on_this_machine, self.plan.pending), self.settings.origin.imports)
             client = open_store(self.project)
             for name in {run.experiment for run in self.plan.pending}:
                 experiment_id(client, self.project, name)
