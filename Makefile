@@ -43,7 +43,7 @@ NO_FAIRSEQ = echo "fairseq was not installed (see above; it needs a C++ compiler
 # one sweep at a time also under `make -j`: a sweep runs JOBS processes of its own
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-faults lint smoke data-wikitext2 data-wikitext103 data-wmt14 reproduce report verify status ui bench bench-gpu
+.PHONY: help setup test test-faults test-slurm test-server lint smoke data-wikitext2 data-wikitext103 data-wmt14 reproduce report verify status ui bench bench-gpu
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -59,6 +59,12 @@ test: lint $(FAIRSEQ) ## lint, then the tests
 
 test-faults: $(INSTALLED) ## kill sweeps, lock and fill the store, and count what was lost (nothing may be)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults -q
+
+test-slurm: $(INSTALLED) ## start a SLURM of one node, preempt, fail and cancel jobs of a sweep; tests/slurm/cluster install, once
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm -q
+
+test-server: $(INSTALLED) ## eight processes against an MLflow server with PostgreSQL that goes away and comes back
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m server -q
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ from fwp_lightning import processor
 from fwp_lightning.errors import UserError
 from fwp_lightning.experiment import CHECKPOINT_SECONDS, LARGEST_SEED, PROFILES
 from fwp_lightning.registry import did_you_mean
+from fwp_lightning.slurm import Resources, read_resources, resource_options
 from fwp_lightning.translation import commands as fairseq_tools
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 Command = Callable[[argparse.Namespace], int]
 
+# who trains the runs of a sweep
+EXECUTORS = ("local", "slurm")
 # these take LightningCLI's own arguments
 LIGHTNING_COMMANDS = {
     "fit": "train one configuration",
@@ -216,7 +219,9 @@ def _add_sweep(commands: Any) -> None:
         "--profile", default=PROFILES[0], help=f"{', '.join(PROFILES)}: how much is run (default: %(default)s)"
     )
     parser.add_argument("--protocol", help="released or corrected (default: the experiment's own)")
-    parser.add_argument("--jobs", type=_positive, metavar="N", help="worker processes (default: one per core)")
+    parser.add_argument(
+        "--jobs", type=_positive, metavar="N", help="runs at once (default: one per core, or what the cluster allows)"
+    )
     parser.add_argument("--rows", type=_words, metavar="A,B", help="only these rows")
     parser.add_argument("--points", type=_words, metavar="N=1,N=2", help="only these grid values, as in n_keys=100")
     parser.add_argument("--seeds", type=_numbers, metavar="1,2", help="these seeds instead of the experiment's")
@@ -231,6 +236,21 @@ def _add_sweep(commands: Any) -> None:
         default=CHECKPOINT_SECONDS,
         metavar="S",
         help="between two checkpoints of a run (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--executor", choices=EXECUTORS, default=EXECUTORS[0], help="processes here, or jobs of a SLURM cluster"
+    )
+    cluster = parser.add_argument_group(
+        "--executor slurm", "what each job asks for; one run is one task of a job array"
+    )
+    for name, example, text in resource_options():
+        cluster.add_argument(f"--slurm-{name}", metavar=example, help=text)
+    cluster.add_argument(
+        "--slurm-option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any other option of sbatch; repeatable",
     )
 
 
@@ -312,6 +332,7 @@ def _sweep(options: argparse.Namespace) -> int:
     runs = prepare(runs)
     if options.data is not None and not any(reads_folder(run) for run in runs):
         raise UserError(f"--data {options.data}: none of these runs reads a text; leave the option out.")
+    resources = _resources(options)
     if options.measure:
         if not options.dry_run:
             raise UserError("--measure belongs to --dry-run.")
@@ -321,7 +342,20 @@ def _sweep(options: argparse.Namespace) -> int:
         show_plan(runs, project, options.jobs, options.imports)
         return 0
     origin = describe_origin(project, options.typed, options.imports)
-    return run_sweep(runs, project, origin, jobs=options.jobs, checkpoint_seconds=options.checkpoint_seconds)
+    seconds = options.checkpoint_seconds
+    return run_sweep(runs, project, origin, jobs=options.jobs, checkpoint_seconds=seconds, resources=resources)
+
+
+def _resources(options: argparse.Namespace) -> Resources | None:
+    """Return what SLURM jobs ask for, None where processes of this machine train."""
+    given = {name: getattr(options, f"slurm_{name}") for name, *_ in resource_options()}
+    asked = [f"--slurm-{name}" for name, value in given.items() if value is not None]
+    asked += ["--slurm-option"] if options.slurm_option else []
+    if options.executor != "slurm":
+        if asked:
+            raise UserError(f"{asked[0]} belongs to --executor slurm.")
+        return None
+    return read_resources(given, options.slurm_option)
 
 
 def _tie_to_files(imports: Sequence[str], data: str | None) -> Callable[[list[Run]], list[Run]]:
@@ -472,7 +506,7 @@ def _rerun(options: argparse.Namespace) -> int:
     _import_user_files(options.imports)
     # a run that only the CSV files know needs no store, and none is made for it
     absent = project.store_file is not None and not project.store_file.exists()
-    return rerun(options.run_key, None if absent else open_store(project), project, prepare)
+    return rerun(options.run_key, None if absent else open_store(project), project, prepare, options.imports)
 
 
 def _reports_module(name: str) -> Any:

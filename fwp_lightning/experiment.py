@@ -772,6 +772,12 @@ def reads_folder(run: Run) -> bool:
     return "directory" in (run.config["data"].get("init_args") or {})
 
 
+def processes_of(trainer: Mapping[str, Any]) -> int:
+    """Return with how many processes a run trains, from the settings of its trainer; 1 where these leave it open."""
+    devices = trainer.get("devices", 1)
+    return devices if isinstance(devices, int) and devices > 0 else 1
+
+
 def parts_of(config: Any) -> set[str]:
     """Return the rules and feature maps that a configuration names, wherever they stand in it."""
     if isinstance(config, list):

@@ -28,6 +28,7 @@ from fwp_lightning.results_csv import (
     read_runs,
     read_translations,
 )
+from fwp_lightning.slurm import jobs_in_queue
 from fwp_lightning.tracking import is_alive, require_folder
 
 if TYPE_CHECKING:
@@ -364,6 +365,7 @@ class RowStatus:
     failed: int = 0
     running: int = 0
     interrupted: int = 0
+    queued: int = 0
 
     @property
     def done(self) -> int:
@@ -438,12 +440,14 @@ def project_status(
     complain: Callable[[UserError], None] | None = None,
     prepare: Callable[[list[Run]], list[Run]] = list,
 ) -> list[RowStatus]:
-    """Return how far the rows of experiments are, for every profile and protocol with at least one tracked run.
+    """Return how far the rows of experiments are, for every profile and protocol with a run that is tracked or queued.
 
     An experiment that cannot be read is told to ``complain`` and left out. ``prepare`` is applied to planned runs.
     """
     stored = read_store(client)
     known = {run.run_key: run.outcome for run in stored}
+    in_queue = {key: state for key, (_, state) in jobs_in_queue(project).items() if known.get(key) not in DONE}
+    known |= in_queue
     tracked = {(run.tags.get("experiment"), run.tags.get("profile"), run.tags.get("protocol")) for run in stored}
     lines = []
     for name in names:
@@ -458,7 +462,9 @@ def project_status(
             continue
         for profile in experiment.profiles:
             for protocol in experiment.protocols:
-                if (name, profile, protocol) in tracked:
-                    runs = resolve_runs(experiment, profile=profile, protocol=protocol)
-                    lines += count_rows(prepare(runs), known)
+                if (name, profile, protocol) not in tracked and not in_queue:
+                    continue
+                runs = prepare(resolve_runs(experiment, profile=profile, protocol=protocol))
+                if (name, profile, protocol) in tracked or any(run.run_key in in_queue for run in runs):
+                    lines += count_rows(runs, known)
     return lines

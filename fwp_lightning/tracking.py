@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock, Timeout
 
+from fwp_lightning import slurm
 from fwp_lightning.errors import RunBusy, UserError, sentence_of
 from fwp_lightning.experiment import Config, Project, Run
 
@@ -268,20 +269,21 @@ def cpu_name() -> str:
 
 
 def this_process() -> str:
-    """Return host, process id and start time of this process, which name it among all that ever ran."""
+    """Return host, process id and start time of this process, which name it among all that ever ran, and its job."""
     import psutil
 
-    return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.0f}"
+    named = f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.0f}"
+    job = slurm.job_of_this_process()
+    return f"{named}:{job}" if job else named
 
 
 def is_alive(process: str) -> bool:
-    """Return whether the process named by ``this_process`` still runs; one on another host counts as running."""
+    """Return whether the process named by ``this_process`` runs; on another host if its job does, or if it has none."""
     import psutil
 
-    host, _, rest = process.partition(":")
-    pid, _, started = rest.partition(":")
+    host, pid, started, job = [*process.split(":", 3), "", "", ""][:4]
     if host != socket.gethostname() or not pid.isdigit():
-        return bool(pid)
+        return slurm.is_running(job) if job else bool(pid)
     try:
         return abs(psutil.Process(int(pid)).create_time() - float(started)) < 2
     except (psutil.Error, ValueError):

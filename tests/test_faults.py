@@ -451,10 +451,11 @@ def test_a_database_that_another_process_locks(
 
 
 @contextlib.contextmanager
-def server(root: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Run an MLflow server until the block ends."""
+def server(root: Path, port: int, store: str | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """Run an MLflow server on a store, else on the project's file, until the block ends."""
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--backend-store-uri", f"sqlite:///{root / 'mlflow.db'}", "--artifacts-destination", str(root / "a")]
+    command += ["--backend-store-uri", store or f"sqlite:///{root / 'mlflow.db'}"]
+    command += ["--artifacts-destination", str(root / "a")]
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     environment.pop("MLFLOW_TRACKING_URI", None)
     with (root / "server.log").open("ab") as log:

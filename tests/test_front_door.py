@@ -394,8 +394,8 @@ def test_constraints_can_be_had_from_a_package_index() -> None:
 
 def test_constraints_pin_every_direct_requirement_inside_its_range() -> None:
     pins = constraints()
-    requirements = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]]
-    requirements += [Requirement(text) for text in PROJECT["optional-dependencies"]["mt"]]
+    lists = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    requirements = [Requirement(text) for texts in lists for text in texts]
     outside = {
         str(requirement): pins.get(requirement.name.lower())
         for requirement in requirements

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from fwp_lightning.cli import build_parser
+from fwp_lightning.slurm import read_resources, resource_options
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -60,6 +63,16 @@ def test_the_layer_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert scope["y"].shape == (2, 256, 128)  # type: ignore[attr-defined]
     # DPFP-1 at d_head 16: 32 features for 16 values, per head
     assert scope["state"].memory[0].shape == (2, 8, 32, 16)  # type: ignore[attr-defined]
+
+
+def test_the_sweep_on_a_cluster_is_understood() -> None:
+    command = next(line for text in blocks("bash") for line in text.splitlines() if "--executor slurm" in line)
+    options = build_parser().parse_args(command.split()[1:])
+    given = {name: getattr(options, f"slurm_{name}") for name, *_ in resource_options()}
+    assert read_resources(given).for_job({"accelerator": "auto"}) == {
+        "partition": "gpu", "gpus-per-node": "1", "time": "8:00:00", "mem": "16G", "cpus-per-task": "1",
+        "signal": "USR2@120", "requeue": True,
+    }  # fmt: skip
 
 
 def test_the_commands_at_the_start_are_targets_of_make_and_mlflow() -> None:

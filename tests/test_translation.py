@@ -276,6 +276,7 @@ DDP_SCRIPT = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
+import torch
 from test_translation import data, task, trainer
 
 found = task()
@@ -283,6 +284,7 @@ run = trainer(Path(sys.argv[2]), devices=2, strategy="ddp")
 run.fit(found, data())
 run.test(found, data(), verbose=False)
 if run.is_global_zero:
+    torch.save(found.model.state_dict(), Path(sys.argv[2]) / "two.pt")
     counts = {split: len(texts) for split, texts in found._translations.items()}
     print("FOUND " + json.dumps([found.logged["train/loss"], counts, found.logged["test/bleu"], found.tokens]))
 """
@@ -309,6 +311,12 @@ def test_two_processes_take_the_updates_of_one_with_twice_the_micro_batches(proj
     assert counts == {"valid": 12, "test": 13}
     assert test_bleu == pytest.approx(one.logged["test/bleu"], rel=1e-3)
     assert tokens == one.tokens
+    two = torch.load(project / "two.pt", weights_only=True)
+    for name, parameter in one.model.state_dict().items():
+        # ... and Adam divides by the size of a gradient, however small
+        torch.testing.assert_close(
+            two[name], parameter, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 # data

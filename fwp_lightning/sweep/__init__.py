@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fwp_lightning.errors import UserError
-from fwp_lightning.experiment import CHECKPOINT_SECONDS, Project, Run
+from fwp_lightning.experiment import CHECKPOINT_SECONDS, Project, Run, processes_of
 from fwp_lightning.results import Estimate, count_rows, counted, export, measured_seconds, outcomes, read_results
 from fwp_lightning.results_csv import DONE
+from fwp_lightning.slurm import Resources
 from fwp_lightning.sweep.progress import Display, console, display_for, duration, rows_table
 from fwp_lightning.sweep.workers import Outcome, Pool, Settings, Worker, import_file
 from fwp_lightning.tracking import Origin, close_dead_runs, deliver_journals, is_locked, open_store, require_folder
@@ -80,10 +81,12 @@ def seconds_for(runs: Sequence[Run], estimate: Estimate, jobs: int) -> float | N
 
 
 def default_jobs(runs: Iterable[Run]) -> int:
-    """Return one worker per core for runs on the CPU, one in all as soon as a run may take an accelerator."""
-    if any(run.config["trainer"].get("accelerator") != "cpu" for run in runs):
+    """Return as many workers as fill the cores with runs on the CPU, one as soon as a run may take an accelerator."""
+    trainers = [run.config["trainer"] for run in runs]
+    if any(trainer.get("accelerator") != "cpu" for trainer in trainers):
         return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // max([processes_of(trainer) for trainer in trainers], default=1))
 
 
 def rows_to_check(pending: Iterable[Run]) -> list[Run]:
@@ -153,8 +156,11 @@ def run_sweep(
     *,
     jobs: int | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    resources: Resources | None = None,
 ) -> int:
     """Train every run that is not complete, export the results and return the exit code.
+
+    By worker processes, or by SLURM jobs where ``resources`` says what these ask for.
 
     0: all runs ended (diverged ones among them); 1: some failed; 130 or 143: stopped by Ctrl-C or SIGTERM.
     """
@@ -168,11 +174,11 @@ def run_sweep(
         out.print(f"delivered the journals of {counted(journals, 'run')}")
     close_dead_runs(client, project)
     plan = plan_sweep(runs, client, project)
-    jobs = max(1, min(jobs or default_jobs(plan.runs), len(plan.pending) or 1))
-    sweep = Sweep(plan, project, Pool(Settings(project, origin, checkpoint_seconds)), jobs)
+    sweep = _sweep_for(plan, Settings(project, origin, checkpoint_seconds), jobs, resources)
     if plan.pending:
         display = display_for(out)
-        display.line(f"{plan.sentence()} with {counted(jobs, 'job')}")
+        how = f" with {counted(sweep.jobs, 'job')}" if isinstance(sweep, LocalSweep) else " by SLURM"
+        display.line(f"{plan.sentence()}{how}")
         with _signals_stop(sweep):
             sweep.train(display)
         deliver_journals(client, project)
@@ -184,10 +190,18 @@ def run_sweep(
         out.print("tracebacks: artifact traceback.txt of each failed run")
     out.print(export(client, project).sentence())
     if sweep.signal is not None:
-        left = len(sweep.unfinished())
-        out.print(f"stopped; {counted(left, 'run')} {'goes' if left == 1 else 'go'} on with the next sweep")
+        out.print(sweep.farewell(), soft_wrap=True)
         return 128 + sweep.signal
     return 1 if sweep.failures() else 0
+
+
+def _sweep_for(plan: Plan, settings: Settings, jobs: int | None, resources: Resources | None) -> Sweep:
+    if resources is not None:
+        from fwp_lightning.sweep.jobs import SlurmSweep
+
+        return SlurmSweep(plan, settings, resources, jobs)
+    jobs = max(1, min(jobs or default_jobs(plan.runs), len(plan.pending) or 1))
+    return LocalSweep(plan, settings.project, Pool(settings), jobs)
 
 
 @contextlib.contextmanager
@@ -203,24 +217,28 @@ def _signals_stop(sweep: Sweep) -> Iterator[None]:
 
 
 class Sweep:
-    """Hands pending runs to workers until none is left."""
+    """Pending runs, how those ended that have, and what is shown of it; who trains them is a subclass's matter."""
 
-    def __init__(self, plan: Plan, project: Project, pool: Pool, jobs: int) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.project = project
-        self.pool = pool
-        self.jobs = jobs
         self.signal: int | None = None
         self.ended: dict[str, Outcome] = {}
-        self.waiting = deque(plan.pending)
-        self.elsewhere: dict[str, tuple[Run, float]] = {}
         self._by_key = {run.run_key: run for run in plan.pending}
-        self._stopped_at = 0.0
         self._display: Display | None = None
         self._estimated_for: tuple[object, ...] = ()
         self._estimated: float | None = None
 
-    # --- what came out
+    def stop(self, number: int, _: Any = None) -> None:
+        """Stop after a signal."""
+        raise NotImplementedError
+
+    def train(self, display: Display) -> None:
+        """Train all runs that are pending."""
+        raise NotImplementedError
+
+    def farewell(self) -> str:
+        """Return what becomes of the runs when a signal has stopped the sweep."""
+        raise NotImplementedError
 
     def outcomes(self) -> dict[str, str]:
         """Return the outcome of every run of this sweep, in the words of the store."""
@@ -231,12 +249,53 @@ class Sweep:
         """Return the runs that failed."""
         return [(self._by_key[key], outcome) for key, outcome in self.ended.items() if outcome.status == "failed"]
 
+    def _note(self, run: Run, outcome: Outcome) -> None:
+        self.ended[run.run_key] = outcome
+        if outcome.status in DONE:
+            self.plan.estimate.add(run, outcome.seconds)
+        assert self._display is not None
+        said = f": {outcome.message}" if outcome.message else ""
+        text = f"{outcome.status}: {run.name}, {duration(outcome.seconds)}{said}"
+        self._display.ended(run, text, notable=outcome.status in ("failed", "diverged"))
+
+    def _show(self, running: Sequence[Run], left: Sequence[Run], jobs: int, elapsed: float) -> None:
+        """Show how far the sweep is, with ``left`` runs to end, ``jobs`` at once, which have trained for a while."""
+        done = self.plan.done + sum(outcome.status in (*DONE, "done before") for outcome in self.ended.values())
+        expected = self._expected(left, jobs)
+        assert self._display is not None
+        seconds = None if expected is None else max(0.0, expected - elapsed)
+        self._display.update(done, len(self.plan.runs), seconds, list(running))
+
+    def _expected(self, left: Sequence[Run], jobs: int) -> float | None:
+        """What these runs will take; computed anew when one of them starts or ends."""
+        known = (len(self.ended), jobs, *(run.run_key for run in left))
+        if self._estimated_for != known:
+            self._estimated_for = known
+            self._estimated = seconds_for(left, self.plan.estimate, jobs)
+        return self._estimated
+
+
+class LocalSweep(Sweep):
+    """Hands pending runs to workers until none is left."""
+
+    def __init__(self, plan: Plan, project: Project, pool: Pool, jobs: int) -> None:
+        super().__init__(plan)
+        self.project = project
+        self.pool = pool
+        self.jobs = jobs
+        self.waiting = deque(plan.pending)
+        self.elsewhere: dict[str, tuple[Run, float]] = {}
+        self._stopped_at = 0.0
+
     def unfinished(self) -> list[Run]:
         """Return the runs that neither completed nor failed."""
         ended = {key for key, outcome in self.ended.items() if outcome.status != "stopped"}
         return [run for run in self.plan.pending if run.run_key not in ended]
 
-    # --- what goes on
+    def farewell(self) -> str:
+        """Return how many runs the next sweep goes on with."""
+        left = len(self.unfinished())
+        return f"stopped; {counted(left, 'run')} {'goes' if left == 1 else 'go'} on with the next sweep"
 
     def stop(self, number: int, _: Any = None) -> None:
         """Stop in order; called twice, at once."""
@@ -255,7 +314,7 @@ class Sweep:
             while self.signal is None and (self.waiting or self.elsewhere or self.pool.busy()):
                 self._hand_out()
                 self._take_in(POLL_SECONDS)
-                self._show()
+                self._show_workers()
             self._await_stopped()
         finally:
             display.close()
@@ -316,14 +375,8 @@ class Sweep:
         if outcome.status == "busy":
             self.elsewhere[run.run_key] = (run, time.monotonic())
             return
-        self.ended[run.run_key] = outcome
-        if outcome.status in DONE:
-            self.plan.estimate.add(run, outcome.seconds)
-        self._show()
-        assert self._display is not None
-        said = f": {outcome.message}" if outcome.message else ""
-        text = f"{outcome.status}: {run.name}, {duration(outcome.seconds)}{said}"
-        self._display.ended(run, text, notable=outcome.status in ("failed", "diverged"))
+        super()._note(run, outcome)
+        self._show_workers()
 
     def _replace(self, worker: Worker, exit_code: int | None) -> None:
         """Take note of a worker that died, and start another one."""
@@ -338,18 +391,8 @@ class Sweep:
         while self.pool.busy() and time.monotonic() - self._stopped_at < PATIENCE_SECONDS and self._stopped_at >= 0:
             self._take_in(POLL_SECONDS)
 
-    def _show(self) -> None:
-        running = [worker.run for worker in self.pool.busy() if worker.run is not None]
-        done = self.plan.done + sum(outcome.status in (*DONE, "done before") for outcome in self.ended.values())
-        left = self._expected(running)
-        elapsed = sum(time.monotonic() - worker.since for worker in self.pool.busy()) / self.jobs
-        assert self._display is not None
-        self._display.update(done, len(self.plan.runs), None if left is None else max(0.0, left - elapsed), running)
-
-    def _expected(self, running: list[Run]) -> float | None:
-        """What the runs that train and wait will take; computed anew when one of them starts or ends."""
-        known = (len(self.ended), len(self.waiting), *(run.run_key for run in running))
-        if self._estimated_for != known:
-            self._estimated_for = known
-            self._estimated = seconds_for([*running, *self.waiting], self.plan.estimate, self.jobs)
-        return self._estimated
+    def _show_workers(self) -> None:
+        busy = self.pool.busy()
+        running = [worker.run for worker in busy if worker.run is not None]
+        elapsed = sum(time.monotonic() - worker.since for worker in busy) / self.jobs
+        self._show(running, [*running, *self.waiting], self.jobs, elapsed)

@@ -144,14 +144,18 @@ def transfer_display(title: str) -> Iterator[Callable[[int, int | None], None]]:
 
 
 def rows_table(lines: Iterable[RowStatus], *, title: str | None = None) -> Table:
-    """Return a table with one line per row: how many runs are done, diverged, failed, running."""
+    """Return a table with one line per row: how many runs are done, diverged, failed, running; queued where any is."""
+    lines = list(lines)
+    names = ["diverged", "failed", "running", "interrupted"]
+    if any(line.queued for line in lines):
+        names.append("queued")
     table = Table(title=title, box=None, pad_edge=False, title_justify="left")
     for name in ("experiment", "profile", "protocol", "row"):
         table.add_column(name, no_wrap=True)
-    for name in ("done", "diverged", "failed", "running", "interrupted"):
+    for name in ("done", *names):
         table.add_column(name, justify="right")
     for line in lines:
-        counts = [line.diverged, line.failed, line.running, line.interrupted]
+        counts = [getattr(line, name) for name in names]
         table.add_row(
             *(line.experiment, line.profile, line.protocol, line.row.replace("[", r"\[")),
             f"{line.done}/{line.total}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,7 +136,9 @@ def _resolved(row: Row, project: Project, prepare: Prepare) -> Run:
 # --- again -----------------------------------------------------------------------------------------------------------
 
 
-def rerun(key: str, client: MlflowClient | None, project: Project, prepare: Prepare = list) -> int:
+def rerun(
+    key: str, client: MlflowClient | None, project: Project, prepare: Prepare = list, imports: Sequence[str] = ()
+) -> int:
     """Train the run with this key once more in a folder that is thrown away; print then | now, return the exit code."""
     record = find_record(key, client, project, prepare)
     out = console()
@@ -146,7 +148,9 @@ def rerun(key: str, client: MlflowClient | None, project: Project, prepare: Prep
         scratch = Project(Path(folder))
         transcript = Transcript(scratch, record.run)
         try:
-            diverged = fit(record.run, transcript, Circumstances(scratch, Origin()), transcript.folder)
+            diverged = fit(
+                record.run, transcript, Circumstances(scratch, Origin(imports=tuple(imports))), transcript.folder
+            )
         except (Exception, SystemExit) as error:  # noqa: BLE001 - a run that failed then may fail again
             status, said = "failed", f"failed: {first_cause(error)}"
         else:

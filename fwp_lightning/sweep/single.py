@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import traceback
 from collections.abc import Mapping
@@ -12,12 +13,14 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError  # type: ignore[attr-defined]
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from fwp_lightning.errors import UserError
 from fwp_lightning.experiment import CHECKPOINT_SECONDS, Project, Run, sha256_of
+from fwp_lightning.sweep.ranks import silent_recorder
 from fwp_lightning.sweep.training import (
     ExactCheckpoint,
     Measurements,
@@ -35,6 +38,8 @@ from fwp_lightning.sweep.training import (
 )
 from fwp_lightning.tracking import Origin, RunRecorder, open_store, params_of, require_folder, tags_of
 
+# tells the processes that Lightning starts for further devices which run they belong to
+RUN_KEY = "FWP_RUN_KEY"
 # names that Lightning resolves itself
 LIGHTNING_CHECKPOINTS = ("best", "last", "hpc", "registry")
 
@@ -128,6 +133,9 @@ class SingleCLI(LightningCLI):
         )
         tags = tags_of(run, self.origin)
         key = header["tags"]["run_key"] if header else sha256_of([run.run_key, time.time_ns()])[:16]
+        if rank_zero_only.rank > 0:  # type: ignore[attr-defined]
+            return silent_recorder(self.project, os.environ.get(RUN_KEY, key), subcommand, run.name)
+        os.environ[RUN_KEY] = key
         recorder = RunRecorder(
             open_store(self.project),
             self.project,
@@ -182,10 +190,14 @@ def _record_success(cli: SingleCLI, subcommand: str) -> None:
     recorder, measurements = cli.recorder, cli.measurements
     assert recorder is not None
     assert measurements is not None
+    # all processes of a run take part in saving, the first one writes
+    written = subcommand == "fit" and write_checkpoint(cli.trainer, recorder.folder)
+    if not cli.trainer.is_global_zero:
+        return
     tags = {"complete": "true"}
+    if written:
+        publish_checkpoint(recorder.folder)
     if subcommand == "fit":
-        if write_checkpoint(cli.trainer, recorder.folder):
-            publish_checkpoint(recorder.folder)
         write_final(cli.model, yaml.safe_load((recorder.folder / "config.yaml").read_text("utf-8")), recorder.folder)
         recorder.log_points(measurements.summary(cli.trainer, cli.model), steps_of(cli.trainer, cli.model))
         tags["diverged"] = divergence_of(cli.model, measurements) or ""

@@ -12,6 +12,8 @@ import os
 import random
 import re
 import resource
+import signal
+import threading
 import time
 import traceback
 import warnings
@@ -34,7 +36,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from fwp_lightning.errors import RunBusy, RunStopped, sentence_of
 from fwp_lightning.experiment import CHECKPOINT_SECONDS, Config, Project, Run
 from fwp_lightning.registry import did_you_mean
-from fwp_lightning.sweep.workers import Outcome
+from fwp_lightning.sweep.ranks import Ranks, other_processes, refuse_devices
+from fwp_lightning.sweep.workers import Outcome, Settings
+from fwp_lightning.tasks.processes import gather
 from fwp_lightning.tracking import (
     Origin,
     RunRecorder,
@@ -101,7 +105,8 @@ def check_run(run: Run) -> str | None:
         if problem := unknown_key(run.config) or missing_devices(run.config["trainer"]):
             return f"{run.base_file or place}: {problem}"
         with quiet_lightning():
-            cli = RunCLI(run.config, {"logger": False, **SILENT_TRAINER}, [])
+            cli = RunCLI(run.config, {"logger": False, "plugins": [Ranks()], **SILENT_TRAINER}, [])
+            refuse_devices(run.config, cli.trainer)
             build_on_meta(cli.model, cli.datamodule)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - any exception here is a row that cannot run
         return f"{place}: {first_cause(error)}"
@@ -261,18 +266,23 @@ class ExactCheckpoint(Callback):
         self._written = False
         self._stopping = False
         self._random_state: dict[str, Any] | None = None
+        self._of_others: list[dict[str, Any]] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the random generators at the end of the epoch."""
-        return {"random": self._random_state}
+        """Return the state of the random generators at the end of the epoch: the first process's, then the others'."""
+        others = {"random_of_others": self._of_others} if self._of_others else {}
+        return {"random": self._random_state, **others}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state of the random generators over."""
         self._random_state = state_dict["random"]
+        self._of_others = state_dict.get("random_of_others", [])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._saved_at = time.monotonic()
+        if 0 < trainer.global_rank <= len(self._of_others):
+            self._random_state = self._of_others[trainer.global_rank - 1]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Continue every epoch from where the generators stood at the end of the one before.
@@ -296,9 +306,12 @@ class ExactCheckpoint(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a checkpoint aside if it is time; a run that has reached its end has nothing to save."""
         self._random_state = random_state()
-        self._stopping = self.stop() is not None
-        due = self._stopping or time.monotonic() - self._saved_at >= self.seconds
+        stopping = self.stop() is not None
+        due = stopping or time.monotonic() - self._saved_at >= self.seconds
+        # the first process decides for all
+        self._stopping, due = trainer.strategy.broadcast((stopping, due))
         if due and not trainer.should_stop:
+            self._of_others = gather(trainer, self._random_state)[1:]
             self._written = write_checkpoint(trainer, self.recorder.folder)
             self._saved_at = time.monotonic()
 
@@ -306,10 +319,25 @@ class ExactCheckpoint(Callback):
         """Put the checkpoint in place once the epoch's own means, which Lightning logs last, are recorded too."""
         if self._written:
             self._written = False
-            if self.recorder.secure():
+            if trainer.is_global_zero and self.recorder.secure():
                 publish_checkpoint(self.recorder.folder)
         if self._stopping:
             raise RunStopped
+
+
+class OwnSignals(Callback):
+    """Keeps SIGTERM what it was: Lightning would end the run at the next batch, without a checkpoint."""
+
+    def __init__(self) -> None:
+        """Remember what a signal does now."""
+        self.handler = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the handler back, if there was one."""
+        if self.handler not in (None, signal.SIG_DFL) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.handler)
+
+    on_test_start = on_train_start
 
 
 def random_state() -> dict[str, Any]:
@@ -338,7 +366,7 @@ def write_checkpoint(trainer: Trainer, folder: Path) -> bool:
     """Write a checkpoint aside and return whether that worked; a full disk costs the checkpoint, not the run."""
     partial = folder / f"{LAST}.tmp"
     try:
-        trainer.save_checkpoint(partial)
+        _save(trainer, partial)
         _sync(partial)
     except (OSError, RuntimeError) as error:
         # torch reports a failed write as RuntimeError
@@ -347,6 +375,15 @@ def write_checkpoint(trainer: Trainer, folder: Path) -> bool:
             partial.unlink(missing_ok=True)
         return False
     return True
+
+
+def _save(trainer: Trainer, path: Path) -> None:
+    try:
+        trainer.save_checkpoint(path)
+    except (OSError, RuntimeError):
+        # the other processes have nothing to write and wait for this one
+        trainer.strategy.barrier()
+        raise
 
 
 def publish_checkpoint(folder: Path) -> None:
@@ -555,18 +592,21 @@ def _train_locked(run: Run, client: MlflowClient, shared: Circumstances, folder:
     return Outcome(run.run_key, "diverged" if diverged else "complete", time.monotonic() - started, diverged or "")
 
 
-def fit(run: Run, recorder: RunRecorder, shared: Circumstances, folder: Path) -> str | None:
-    """Train and test; return why the run diverged, if it did."""
+def fit(run: Run, recorder: RunRecorder, shared: Circumstances, folder: Path, ranks: Ranks | None = None) -> str | None:
+    """Train and test, as one process of several where ``ranks`` says so; return why the run diverged, if it did."""
+    ranks = ranks or Ranks()
     checkpoint = ExactCheckpoint(recorder, seconds=shared.checkpoint_seconds, stop=shared.stop)
     measurements = Measurements(recorder)
-    settings = {"logger": TrackingLogger(recorder), "default_root_dir": str(folder), **SILENT_TRAINER}
-    cli = RunCLI(run.config, settings, [checkpoint, measurements])
+    own = {"logger": TrackingLogger(recorder), "default_root_dir": str(folder), "plugins": [ranks], **SILENT_TRAINER}
+    cli = RunCLI(run.config, own, [checkpoint, measurements, OwnSignals()])
     trainer, task = cli.trainer, cli.model
-    trainer.fit(task, cli.datamodule, ckpt_path=newest_checkpoint(folder), weights_only=True)
-    diverged = divergence_of(task, measurements)
-    if diverged is None and is_overridden("test_step", task):
-        trainer.test(task, cli.datamodule, verbose=False)
-    if diverged is None:
+    former = newest_checkpoint(folder)
+    with other_processes(run, trainer, ranks, Settings(shared.project, shared.origin)):
+        trainer.fit(task, cli.datamodule, ckpt_path=former, weights_only=True)
+        diverged = divergence_of(task, measurements)
+        if diverged is None and is_overridden("test_step", task):
+            trainer.test(task, cli.datamodule, verbose=False)
+    if diverged is None and trainer.is_global_zero:
         write_final(task, run.config, folder)
         record_texts(task, recorder)
     recorder.log_points(measurements.summary(trainer, task), steps_of(trainer, task))

@@ -195,7 +195,7 @@ class Pool:
         try:
             for _ in range(number):
                 ours, theirs = self._context.Pipe()
-                process = self._context.Process(target=work, args=(theirs, self.settings), daemon=True)
+                process = self._context.Process(target=work, args=(theirs, self.settings))
                 process.start()
                 theirs.close()
                 self.workers.append(Worker(process, ours))

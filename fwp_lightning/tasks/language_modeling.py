@@ -20,6 +20,7 @@ from fwp_lightning.models.language_model import LanguageModel, build_language_mo
 from fwp_lightning.models.transformer import Architecture
 from fwp_lightning.models.transformer_xl import TransformerXL
 from fwp_lightning.tasks.perplexity import WordPerplexity
+from fwp_lightning.tasks.processes import gather
 
 log = logging.getLogger(__name__)
 
@@ -352,8 +353,10 @@ class LanguageModelingTask(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the counts, the carried state and the best weights."""
+        # each process reads streams of its own
+        carried = {part: [_packed(layer) for layer in state] for part, state in self._carried.items()}
         checkpoint["language_modeling"] = {
-            "carried": {part: [_packed(layer) for layer in state] for part, state in self._carried.items()},
+            "carried": gather(self.trainer, carried),
             "best": self._best,
             "best_loss": self._best_loss,
             "steps": self.steps,
@@ -365,7 +368,15 @@ class LanguageModelingTask(L.LightningModule):
         kept = checkpoint["language_modeling"]
         self._best, self._best_loss = kept["best"], kept["best_loss"]
         self.steps, self.tokens = kept["steps"], kept["tokens"]
-        self._carried = {part: [_unpacked(layer) for layer in state] for part, state in kept["carried"].items()}
+        # older checkpoints, all of one process, have its state alone
+        states = kept["carried"] if isinstance(kept["carried"], list) else [kept["carried"]]
+        if len(states) != self.trainer.world_size:
+            raise ValueError(
+                f"the checkpoint is of {len(states)} processes and this run has {self.trainer.world_size}; each goes "
+                f"on from a state of its own, so set trainer.devices={len(states)}"
+            )
+        carried = states[self.trainer.global_rank]
+        self._carried = {part: [_unpacked(layer) for layer in state] for part, state in carried.items()}
 
 
 def check_context(context: str, architecture: Architecture, attention: AttentionConfig, evaluation: Evaluation) -> None:

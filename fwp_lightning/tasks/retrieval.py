@@ -118,6 +118,14 @@ class RetrievalTask(L.LightningModule):
         """Return Adam with its default betas and eps (Sec. 6.1)."""
         return BlockAdam(self.model, self.lr)
 
+    def on_fit_start(self) -> None:
+        """Refuse several processes, each of which would train the same model on the same sequences."""
+        if self.trainer.world_size > 1:
+            raise ValueError(
+                f"trainer.devices={self.trainer.world_size}: the retrieval task trains on one, where an update takes "
+                "less time than a message between two; set 1, and train several runs at once with --jobs"
+            )
+
     def training_step(self, block: RetrievalBlock, batch_idx: int) -> None:
         """Do one block of optimiser steps."""
         n_steps = min(block.keys.shape[0], self.max_steps - self.steps)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fwp_lightning.attention import AttentionConfig
 from fwp_lightning.data.translation import Sample, Sentences, TranslationData
+from fwp_lightning.tasks.processes import gather
 from fwp_lightning.translation import compatibility
 from fwp_lightning.translation.checkpoints import fairseq_checkpoint
 from fwp_lightning.translation.choice import TranslationAttention, flatten
@@ -393,12 +394,9 @@ class TranslationTask(L.LightningModule):
 
     def _gather(self, split: str) -> None:
         """Collect what other processes have translated of a split, and check that no sentence is missing."""
-        translations = self._translations[split]
-        if self.trainer.world_size > 1:
-            gathered: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(gathered, translations)
-            translations = {index: text for part in gathered for index, text in part.items()}
-            self._translations[split] = translations
+        parts = gather(self.trainer, self._translations[split])
+        translations = {index: text for part in parts for index, text in part.items()}
+        self._translations[split] = translations
         n = len(self.data.references(split))
         if sorted(translations) != list(range(n)):
             raise RuntimeError(f"{len(translations)} translations of the {n} sentences of {split}")
