@@ -10,7 +10,7 @@ from reports import benchmarks, wording
 from reports.plan import Plan, load_plan, report_names
 from reports.selection import Cell, Selection, collect, select
 from reports.sources import Results
-from reports.tables import Table, markdown_lines
+from reports.tables import Table, markdown_lines, markdown_text
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 BEST_FIRST = ("paper", "short", "smoke")
@@ -82,8 +82,8 @@ def _protocol(protocol: str, plans: list[Plan], results: Results) -> str:
 
 def _section(selection: Selection, results: Results) -> str:
     plan = selection.plan
-    origin = ", ".join(part for part in (plan.source.split(",")[0], f"profile `{plan.profile}`") if part)
-    head = f"**{plan.title}**: {origin}, {wording.completeness(selection)}."
+    origin = ", ".join(part for part in (markdown_text(plan.source.split(",")[0]), f"profile `{plan.profile}`") if part)
+    head = f"**{markdown_text(plan.title)}**: {origin}, {wording.completeness(selection)}."
     return "\n".join([head, "", *markdown_lines(_table(selection, results))])
 
 

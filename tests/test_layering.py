@@ -32,8 +32,9 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "generation": {"errors", "registry", "ops", "attention", "models", "data"},
     "results_csv": {"errors"},
     "yaml_files": {"errors"},
+    "redaction": set(),
     "experiment": {"errors", "registry", "yaml_files"},
-    "tracking": {"errors", "registry", "experiment"},
+    "tracking": {"errors", "registry", "experiment", "redaction"},
     "results": {"errors", "registry", "experiment", "tracking", "results_csv"},
     "bench": {
         *("errors", "registry", "seeding", "processor", "compiled", "ops", "attention", "models", "data", "tasks"),
