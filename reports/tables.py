@@ -123,8 +123,8 @@ def markdown_lines(table: Table) -> list[str]:
 
 
 def markdown_text(text: str) -> str:
-    """A text on one line of Markdown, in which nothing is a tag, a link, an image or code."""
-    return re.sub(r"[\\\[\]`]", r"\\\g<0>", " ".join(text.split())).replace("<", "&lt;")
+    """A text on one line of Markdown, in which nothing is a tag, a link or an image."""
+    return re.sub(r"[\\\[\]]", r"\\\g<0>", " ".join(text.split())).replace("<", "&lt;")
 
 
 def to_markdown(table: Table, selection: Selection) -> str:
