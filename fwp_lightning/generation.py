@@ -109,7 +109,10 @@ def load_trained(path: Path) -> Trained:
         raise UserError(f"--checkpoint {path}: there is no such file.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:
+        said = "is damaged, or holds more than tensors and plain values, and is not read"
+        raise UserError(f"--checkpoint {path} {said}.") from error
+    except (OSError, RuntimeError, EOFError) as error:
         raise UserError(f"--checkpoint {path} cannot be read: {sentence_of(error)}") from error
     if not isinstance(content, dict) or not {"config", "words", "weights"} <= content.keys():
         raise UserError(

@@ -44,7 +44,7 @@ _DATE = re.compile(r"\d{4}-\d\d-\d\d")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
 
-def read_runs(path: Path) -> list[Row]:
+def read_runs(path: Path, advice: str = ADVICE) -> list[Row]:
     """Return the checked rows of a runs.csv, none where there is no file; raise ``UserError`` if it is damaged."""
     checks: dict[str, Check] = {
         "run_key": _filled,
@@ -55,13 +55,13 @@ def read_runs(path: Path) -> list[Row]:
         "wall_seconds": _duration,
         "finished": _time,
     }
-    return _read(path, RUN_COLUMNS, ("run_key",), checks)
+    return _read(path, RUN_COLUMNS, ("run_key",), checks, advice)
 
 
-def read_metrics(path: Path) -> list[Row]:
+def read_metrics(path: Path, advice: str = ADVICE) -> list[Row]:
     """Return the checked rows of a metrics.csv, none where there is no file; raise ``UserError`` if it is damaged."""
     checks: dict[str, Check] = {"run_key": _filled, "step": _whole, "value": _number}
-    return _read(path, METRIC_COLUMNS, ("run_key", "split", "metric", "step"), checks)
+    return _read(path, METRIC_COLUMNS, ("run_key", "split", "metric", "step"), checks, advice)
 
 
 def read_translations(path: Path) -> list[Row]:

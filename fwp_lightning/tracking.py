@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 from fwp_lightning import slurm
 from fwp_lightning.errors import RunBusy, UserError, sentence_of
 from fwp_lightning.experiment import Config, Project, Run
+from fwp_lightning.redaction import redacted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -135,23 +136,23 @@ def is_of_store(error: BaseException) -> bool:
 
 def store_sentence(project: Project, error: Exception) -> str:
     """Return what is wrong with the store, and what to do, in one sentence."""
-    text = str(error)
+    text, address = str(error), redacted(project.store_uri)
     if "database schema" in text:
-        file, version = project.store_file or project.store_uri, metadata.version("mlflow")
+        file, version = project.store_file or address, metadata.version("mlflow")
         return (
             f"the MLflow store {file} has a schema that MLflow {version} does not read; install the MLflow version "
-            f"that wrote it, or back it up and run: mlflow db upgrade {project.store_uri}"
+            f"that wrote it, or back it up and run: mlflow db upgrade {address}"
         )
     if "not a database" in text:
         return f"{project.store_file} is not a SQLite database; move it away or set MLFLOW_TRACKING_URI."
     if "malformed" in text and project.store_file:
         return f"{project.store_file} is damaged; put a copy back or move it away, then run the sweep again."
     if project.store_uri.startswith("http") and ("Max retries" in text or "API request" in text):
-        return f"the MLflow server {project.store_uri} does not answer; start it or unset MLFLOW_TRACKING_URI."
+        return f"the MLflow server {address} does not answer; start it or unset MLFLOW_TRACKING_URI."
     if "disk is full" in text or "No space left" in text:
-        return f"the disk of the MLflow store {project.store_uri} is full; free some space."
-    first = " ".join(text.split("\n")[0].split())
-    return f"the MLflow store {project.store_uri} cannot be used: {first[:300]}"
+        return f"the disk of the MLflow store {address} is full; free some space."
+    first = redacted(" ".join(text.split("\n")[0].split()))
+    return f"the MLflow store {address} cannot be used: {first[:300]}"
 
 
 def experiment_id(client: MlflowClient, project: Project, name: str) -> str:
@@ -223,7 +224,7 @@ def describe_origin(project: Project, arguments: Iterable[str], imports: Sequenc
 
 
 def command_line(arguments: Iterable[str]) -> str:
-    """Return the command as typed, of absolute paths only the last part.
+    """Return the command as typed, of absolute paths only the last part, and without secrets.
 
     >>> command_line(["sweep", "figure2", "--import", "/home/me/my_map.py"])
     'fwp sweep figure2 --import my_map.py'
@@ -232,7 +233,7 @@ def command_line(arguments: Iterable[str]) -> str:
     for argument in arguments:
         head, equals, tail = argument.rpartition("=")
         shown.append(head + equals + (Path(tail).name if tail.startswith(("/", "~")) else tail))
-    return shlex.join(["fwp", *shown])
+    return shlex.join(["fwp", *map(redacted, shown)])
 
 
 def _git(root: Path, *arguments: str) -> str:
@@ -386,6 +387,7 @@ class RunRecorder:
     """Records one run, identified by its run key, in the one MLflow run that belongs to it.
 
     Nothing that goes wrong at the store raises: operations that could not be delivered wait in the run's journal.
+    What is secret (see ``redaction``) goes into neither.
     """
 
     def __init__(
@@ -404,7 +406,7 @@ class RunRecorder:
         self.run_key = run_key
         self.experiment = experiment
         self.name = name
-        self.tags = dict(tags)
+        self.tags = {key: redacted(text) for key, text in tags.items()}
         self.run_id: str | None = None
         self.resumed = False
         self.folder = run_folder(project, run_key)
@@ -432,7 +434,8 @@ class RunRecorder:
         self._queue.append({"op": "status", "status": "RUNNING"})
         self.set_tags({**self.tags, "fwp.process": this_process(), "complete": "false"})
         if params and not self.resumed:
-            self._queue.append({"op": "params", "params": {key: text[:LONGEST_PARAM] for key, text in params.items()}})
+            shown = {key: redacted(text)[:LONGEST_PARAM] for key, text in params.items()}
+            self._queue.append({"op": "params", "params": shown})
         for name, text in (texts or {}).items():
             self.log_text(name, text)
         self.flush()
@@ -460,11 +463,13 @@ class RunRecorder:
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags with the next delivery."""
-        self._queue.append({"op": "tags", "tags": {key: str(text)[:LONGEST_TAG] for key, text in tags.items()}})
+        self._queue.append(
+            {"op": "tags", "tags": {key: redacted(str(text))[:LONGEST_TAG] for key, text in tags.items()}}
+        )
 
     def log_text(self, name: str, text: str) -> None:
         """Keep a text as an artifact with the next delivery."""
-        self._queue.append({"op": "text", "name": name, "text": text})
+        self._queue.append({"op": "text", "name": name, "text": redacted(text)})
 
     def flush_if_old(self) -> None:
         """Deliver what waits if the last delivery is 5 s old."""
@@ -535,7 +540,7 @@ class RunRecorder:
 
 
 def _short(error: Exception) -> str:
-    return " ".join(str(error).split("\n")[0].split())[:200] or type(error).__name__
+    return redacted(" ".join(str(error).split("\n")[0].split()))[:200] or type(error).__name__
 
 
 def _write_atomically(path: Path, text: str) -> None:

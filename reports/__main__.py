@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fwp_lightning.errors import UserError, sentence_of
 from fwp_lightning.experiment import Project, find_project
-from reports import benchmarks, readme, verdict_tables
+from reports import benchmarks, comparison, readme, verdict_tables
 from reports.drawing import draw, draw_verdicts, shown
 from reports.sources import read_results
 
@@ -20,6 +20,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         project = Project(options.root.resolve()) if options.root else find_project()
+        if options.compare:
+            print(comparison.compare(project, options.compare, options.names, options.csv))
+            return 0
+        if options.csv:
+            raise UserError("--csv belongs to --compare.")
         results = read_results(project.root)
         if options.names == ["readme"]:
             print(readme.rewrite(project, results, check=options.check))
@@ -63,6 +68,10 @@ def _parser() -> argparse.ArgumentParser:
         "names", nargs="*", metavar="NAME", help="figure2, ...; none for all; claims; bench; readme for README's blocks"
     )
     parser.add_argument("--check", action="store_true", help="with readme: fail when the block is stale, write nothing")
+    parser.add_argument(
+        "--compare", type=Path, metavar="OLD", help="results folder or runs.csv: what changed since, tested over seeds"
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="with --compare: write every number to a file too")
     parser.add_argument("--root", type=Path, help="project root (default: found from the current folder)")
     return parser
 

@@ -245,8 +245,8 @@ def _prepare(axes: Axes, plan: Plan, x_limits: tuple[float, float]) -> None:
     axes.set_xlim(*(x.limits or x_limits))
     if y.limits:
         axes.set_ylim(*y.limits)
-    axes.set_xlabel(x.label)
-    axes.set_ylabel(wording.value_label(plan))
+    axes.set_xlabel(_literal(x.label))
+    axes.set_ylabel(_literal(wording.value_label(plan)))
     if y.scale == "log":
         axes.yaxis.set_major_locator(LogLocator(numticks=12))
         axes.yaxis.set_minor_locator(LogLocator(subs=range(2, 10), numticks=12))
@@ -257,7 +257,7 @@ def _prepare(axes: Axes, plan: Plan, x_limits: tuple[float, float]) -> None:
 
 def _handles(plan: Plan, looks: dict[str, Look], marks: dict[str, str]) -> list[Line2D]:
     handles = [
-        Line2D([], [], color=looks[row].colour, marker=looks[row].marker, markersize=4.2, label=row)
+        Line2D([], [], color=looks[row].colour, marker=looks[row].marker, markersize=4.2, label=_literal(row))
         for row in plan.rows
     ]
     # the methods, then the authors' run, then what could not be drawn in its place
@@ -281,10 +281,15 @@ def _texts(figure: Figure, selection: Selection, title: str, height: float) -> N
     left = LEFT / WIDTH
     n_lines = title.count("\n") + 1
     subtitle = " · ".join(part for part in (wording.place(selection.plan), wording.setting(selection)) if part)
-    figure.text(left, 1 - 0.1 / height, title, va="top", fontsize=10.5, fontweight="bold", linespacing=1.25)
-    figure.text(left, 1 - (0.1 + n_lines * TITLE_LINE) / height, subtitle, va="top", fontsize=8, color=MUTED)
+    figure.text(left, 1 - 0.1 / height, _literal(title), va="top", fontsize=10.5, fontweight="bold", linespacing=1.25)
+    figure.text(left, 1 - (0.1 + n_lines * TITLE_LINE) / height, _literal(subtitle), va="top", fontsize=8, color=MUTED)
     footer = "\n".join(textwrap.wrap(wording.provenance(selection), FOOTER_LENGTH))
-    figure.text(left, 0.06 / height, footer, fontsize=5.5, color=MUTED, va="bottom")
+    figure.text(left, 0.06 / height, _literal(footer), fontsize=5.5, color=MUTED, va="bottom")
+
+
+def _literal(text: str) -> str:
+    """A text that matplotlib draws as it stands, without formulas in it."""
+    return text.replace("$", r"\$")
 
 
 def _columns(points: Points) -> tuple[list[float], list[float]]:

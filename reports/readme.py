@@ -10,7 +10,7 @@ from reports import benchmarks, verdict_tables, wording
 from reports.plan import Plan, load_plan, report_names
 from reports.selection import Cell, Selection, collect, select
 from reports.sources import Results
-from reports.tables import Table, markdown_lines
+from reports.tables import Table, markdown_lines, markdown_text
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 BEST_FIRST = ("paper", "short", "smoke")
@@ -99,7 +99,7 @@ def _table_section(selection: Selection, results: Results) -> str:
     rows = [name for row in plan.rows for name in plan.spec.lines_of(row)]
     lines = [(row, *(_pair(cells.get((row, point, metric.name)), plan) for point, metric in columns)) for row in rows]
     body = markdown_lines(Table(header, tuple(lines), 1))
-    deviations = [f"* {what}" for what in plan.deviations]
+    deviations = [f"* {markdown_text(what)}" for what in plan.deviations]
     return "\n".join([_headline(selection, f", protocol `{plan.protocol}`"), "", *body, "", *deviations])
 
 
@@ -124,8 +124,8 @@ def _section(selection: Selection, results: Results) -> str:
 
 def _headline(selection: Selection, protocol: str = "") -> str:
     plan = selection.plan
-    origin = ", ".join(part for part in (plan.source.split(",")[0], f"profile `{plan.profile}`") if part)
-    return f"**{plan.title}**: {origin}{protocol}, {wording.completeness(selection)}."
+    origin = ", ".join(part for part in (markdown_text(plan.source.split(",")[0]), f"profile `{plan.profile}`") if part)
+    return f"**{markdown_text(plan.title)}**: {origin}{protocol}, {wording.completeness(selection)}."
 
 
 def _table(selection: Selection, results: Results) -> Table:

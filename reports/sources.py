@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from fwp_lightning.errors import UserError, sentence_of
-from fwp_lightning.results_csv import read_metrics, read_translations
+from fwp_lightning.results_csv import ADVICE, read_metrics, read_translations
 from fwp_lightning.results_csv import read_runs as read_run_lines
 
 PAPER_COLUMNS = ("experiment", "row", "point", "split", "metric", "value", "source")
@@ -101,10 +101,13 @@ def read_results(root: Path) -> Results:
 
 
 def read_runs(
-    path: Path, curves: Mapping[str, Mapping[str, Curve]], translations: Mapping[str, tuple[Translation, ...]]
+    path: Path,
+    curves: Mapping[str, Mapping[str, Curve]],
+    translations: Mapping[str, tuple[Translation, ...]],
+    advice: str = ADVICE,
 ) -> tuple[Run, ...]:
     """Reads runs.csv and gives each run its curves and translations."""
-    lines = read_run_lines(path)
+    lines = read_run_lines(path, advice)
     runs = [_run(line, curves.get(line["run_key"], {}), translations.get(line["run_key"], ())) for line in lines]
     return tuple(sorted(runs, key=lambda run: run.key))
 
@@ -131,10 +134,10 @@ def _run(line: Mapping[str, str], curves: Mapping[str, Curve], translations: tup
     )
 
 
-def read_curves(path: Path) -> dict[str, dict[str, Curve]]:
+def read_curves(path: Path, advice: str = ADVICE) -> dict[str, dict[str, Curve]]:
     """Reads metrics.csv into curves by run_key and `split/metric`."""
     points: dict[str, dict[str, dict[int, float]]] = {}
-    for line in read_metrics(path):
+    for line in read_metrics(path, advice):
         name = "/".join(part for part in (line["split"], line["metric"]) if part)
         points.setdefault(line["run_key"], {}).setdefault(name, {})[int(line["step"])] = float(line["value"])
     return {

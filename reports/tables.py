@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,7 @@ def notes(selection: Selection) -> list[str]:
 
 def markdown_lines(table: Table) -> list[str]:
     """The table in Markdown, columns aligned in the source too."""
-    lines = [[text.replace("|", "\\|") for text in line] for line in (table.header, *table.lines)]
+    lines = [[markdown_text(text).replace("|", "\\|") for text in line] for line in (table.header, *table.lines)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(table.header))]
     numbers = range(table.n_names, len(widths))
     rule = ["-" * (width - 1) + (":" if column in numbers else "-") for column, width in enumerate(widths)]
@@ -120,13 +121,18 @@ def markdown_lines(table: Table) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in (aligned[0], rule, *aligned[1:])]
 
 
+def markdown_text(text: str) -> str:
+    """A text on one line of Markdown, in which nothing is a tag, a link or an image."""
+    return re.sub(r"[\\\[\]]", r"\\\g<0>", " ".join(text.split())).replace("<", "&lt;")
+
+
 def to_markdown(table: Table, selection: Selection) -> str:
     """The table as a Markdown document."""
     parts = [
-        f"# {caption(selection)}",
+        f"# {markdown_text(caption(selection))}",
         "\n".join(markdown_lines(table)),
-        *notes(selection),
-        wording.provenance(selection),
+        *map(markdown_text, notes(selection)),
+        markdown_text(wording.provenance(selection)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -145,7 +151,8 @@ def latex_table(table: Table, comments: Sequence[str], columns: str) -> str:
     environment = "longtable" if long else "tabular"
     top = [r"\toprule", head, r"\midrule", *([r"\endhead"] if long else [])]
     lines = [
-        *(f"% {comment}" for comment in comments),
+        # a line break would end the comment
+        *(f"% {' '.join(text.split())}" for text in comments),
         rf"\begin{{{environment}}}{{{columns}}}",
         *top,
         *body,

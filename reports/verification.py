@@ -126,8 +126,12 @@ def _files_at(project: Project, commit: str, folder: Path) -> Project | None:
         return None
     if done.returncode != 0:
         return None
-    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
-        archive.extractall(folder, filter="data")
+    try:
+        with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+            # nothing outside of the folder, no links out of it, no devices
+            archive.extractall(folder, filter="data")
+    except tarfile.TarError:
+        return None
     return Project(folder)
 
 

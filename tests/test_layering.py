@@ -32,9 +32,10 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "generation": {"errors", "registry", "ops", "attention", "models", "data"},
     "results_csv": {"errors"},
     "yaml_files": {"errors"},
+    "redaction": set(),
     "experiment": {"errors", "registry", "yaml_files"},
     "slurm": {"errors", "experiment"},
-    "tracking": {"errors", "registry", "experiment", "slurm"},
+    "tracking": {"errors", "registry", "experiment", "redaction", "slurm"},
     "results": {"errors", "registry", "experiment", "slurm", "tracking", "results_csv"},
     "bench": {
         *("errors", "registry", "seeding", "processor", "compiled", "ops", "attention", "models", "data", "tasks"),

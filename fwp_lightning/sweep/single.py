@@ -28,6 +28,7 @@ from fwp_lightning.sweep.training import (
     build_on_meta,
     divergence_of,
     first_cause,
+    problem_of_checkpoint,
     publish_checkpoint,
     quiet_lightning,
     random_state,
@@ -72,7 +73,11 @@ class SingleCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands and the arguments of the trainer that they do not show."""
         known = LightningCLI.subcommands()
-        return {name: known[name] for name in ("fit", "validate", "test")}
+        # no checkpoint may run code, whatever is asked for
+        return {name: {*known[name], "weights_only"} for name in ("fit", "validate", "test")}
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
 
     def init_parser(self, **settings: Any) -> LightningArgumentParser:
         """Return a strict parser of a command."""
@@ -86,6 +91,16 @@ class SingleCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             raise UserError(f"{first_cause(error)}; see: fwp {args[0]} --help") from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Refuse a checkpoint that cannot be read before Lightning looks into it for options."""
+        checkpoint = str(self.config[self.config["subcommand"]].get("ckpt_path") or "")
+        if checkpoint and checkpoint not in LIGHTNING_CHECKPOINTS:
+            if not Path(checkpoint).is_file():
+                raise UserError(f"--ckpt_path {checkpoint}: there is no such file.")
+            if problem := problem_of_checkpoint(Path(checkpoint)):
+                raise UserError(f"--ckpt_path {checkpoint}: {problem}.")
+        super()._parse_ckpt_path()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return a trainer that logs to the store and saves to the folder of the run."""
@@ -105,11 +120,7 @@ class SingleCLI(LightningCLI):
         return self._instantiate_trainer({**config, **own, **kwargs}, callbacks)
 
     def _check(self, config: Any) -> None:
-        """Find what cannot run before a run is recorded: the checkpoint, the model, the trainer."""
-        checkpoint = str(self._get(self.config_init, "ckpt_path", default=None) or "")
-        is_file = checkpoint and checkpoint not in LIGHTNING_CHECKPOINTS and ":" not in checkpoint
-        if is_file and not Path(checkpoint).is_file():
-            raise UserError(f"--ckpt_path {checkpoint}: there is no such file.")
+        """Find what cannot run before a run is recorded: the model, the trainer."""
         before = random_state()
         build_on_meta(self.model, self.datamodule)
         set_random_state(before)

@@ -9,6 +9,7 @@ import inspect
 import logging
 import math
 import os
+import pickle
 import random
 import re
 import resource
@@ -411,13 +412,22 @@ def newest_checkpoint(folder: Path) -> Path | None:
     for path in (folder / LAST, folder / PREVIOUS):
         if not path.exists():
             continue
-        try:
-            torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # noqa: BLE001 - a damaged file raises anything
-            log.warning("%s cannot be read (%s); an earlier one is taken", path, sentence_of(error)[:200])
-        else:
+        problem = problem_of_checkpoint(path)
+        if problem is None:
             return path
+        log.warning("%s: %s; an earlier one is taken", path, problem)
     return None
+
+
+def problem_of_checkpoint(path: Path) -> str | None:
+    """Return why a checkpoint cannot be read, None if it can; no code in it is run."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        return "it is damaged, or holds more than tensors and plain values, and is not read"
+    except Exception as error:  # noqa: BLE001 - a damaged file raises anything
+        return f"it cannot be read ({sentence_of(error)[:200]})"
+    return None if isinstance(content, dict) else "it holds no state of a training"
 
 
 def remove_checkpoints(folder: Path) -> None:
