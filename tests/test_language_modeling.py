@@ -1,5 +1,6 @@
 """The language modelling task: its schedule, what is carried and what is not, evaluations word by word, resume."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from fwp_lightning.attention import AttentionConfig, FavorConfig
 from fwp_lightning.data.wikitext import WikiTextData
 from fwp_lightning.models.transformer import Architecture
 from fwp_lightning.sweep.training import SILENT_TRAINER, ExactCheckpoint, quiet_lightning
-from fwp_lightning.tasks.language_modeling import Evaluation, LanguageModelingTask
+from fwp_lightning.tasks.language_modeling import SPLITS, Evaluation, LanguageModelingTask, _compile
 
 DELTA = AttentionConfig(rule="delta", phi_norm="sum")
 SUM = AttentionConfig(rule="sum", attention_norm="readout")
 SOFTMAX = AttentionConfig(rule="softmax", feature_map="identity")
 FAVOR = AttentionConfig(rule="delta", feature_map="favor", phi_norm="sum", n_features=4)
+FROZEN_FAVOR = dataclasses.replace(FAVOR, favor=FavorConfig(redraw="never"))
+FWM = AttentionConfig(rule="fwm", feature_map="tanh")
 # the task counts in float64, Lightning keeps what is logged in float32
 SINGLE = 2e-7
 SIZES = {"n_layers": 1, "d_model": 8, "n_heads": 2, "d_ff": 8, "cutoffs": [40, 200]}
@@ -223,6 +226,61 @@ def test_limited_context_carries_nothing() -> None:
     assert all(state is None for state in seen)
 
 
+@pytest.mark.parametrize("attention", [DELTA, SUM, SOFTMAX, FAVOR], ids=lambda a: f"{a.rule} {a.feature_map}")
+def test_mixed_precision_trains_as_single_precision_does(attention: AttentionConfig) -> None:
+    curves = []
+    for precision in ("32-true", "bf16-mixed"):
+        curves.append(fit(make_task(attention), make_data(), precision=precision).valid)
+    # bfloat16 has 8 bits: a product is off by up to 0.4 %, a mean over thousands of them by far less
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3)
+    assert curves[1] != curves[0]
+
+
+XL_SIZES = {"positions": "relative", "memory": 9}
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """torch.compile without its code generator, which takes a minute; yields what Dynamo counts."""
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend="eager"))
+    torch.compiler.reset()
+    yield counters
+    torch.compiler.reset()
+
+
+class Repeated(torch.nn.Module):
+    """Every kind of state is a graph of its own."""
+
+    def forward(self, x: torch.Tensor, state: list[int]) -> torch.Tensor:
+        for _ in state:
+            x = x + x
+        return x
+
+
+def test_every_model_of_a_process_is_compiled_whatever_came_before(traced: Any) -> None:
+    traced.clear()
+    for _ in range(2):
+        compiled = _compile(Repeated())
+        for length in range(1, 10):
+            assert float(compiled(torch.ones(()), [0] * length)) == 2**length
+    # PyTorch compiles a function eight times by default, and then goes on uncompiled
+    assert traced["frames"] == {"total": 18, "ok": 18}
+
+
+@pytest.mark.slow
+def test_a_compiled_run_trains_as_an_eager_one_does() -> None:
+    losses = [
+        fit(make_task(max_steps=5, compute=compute, sizes={"dropout": 0.0}), make_data(), limit_val_batches=0).train
+        for compute in ("eager", "compiled")
+    ]
+    # float32 sums in another order
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 def test_a_loss_that_is_no_number_ends_the_run_as_diverged() -> None:
     task = make_task(max_steps=50)
     data = make_data()
@@ -256,9 +314,16 @@ def test_windows_score_every_word_but_the_first_with_its_context(attention: Atte
     assert score(task, data)["valid/perplexity"] == pytest.approx(math.exp(total / len(starts)), rel=SINGLE)
 
 
-def test_carried_segments_score_as_the_text_in_one_piece() -> None:
-    data = make_data()
-    task = untrained(make_task(**CARRIED, sizes={"positions": "none"}), data).eval()
+DPFP = AttentionConfig(rule="sum", feature_map="dpfp", attention_norm="readout")
+CARRIABLE = {"delta": DELTA, "sum": SUM, "favor": FROZEN_FAVOR, "fwm": FWM, "dpfp": DPFP}
+CARRIABLE["delta, both normalised"] = dataclasses.replace(DELTA, attention_norm="both")
+
+
+@pytest.mark.parametrize("length", [5, 12, 33])
+@pytest.mark.parametrize("name", CARRIABLE)
+def test_carried_segments_score_as_the_text_in_one_piece(name: str, length: int) -> None:
+    data = make_data(length=length, batch_size=2)
+    task = untrained(make_task(CARRIABLE[name], **CARRIED, sizes={"positions": "none"}), data).eval()
     tokens = torch.tensor(data.tokens("test").astype("int64"))
     hidden, _ = task.model(tokens[:-1].unsqueeze(0))
     whole = task.model.words.nll(hidden[0], tokens[1:]).mean().exp().item()
@@ -298,6 +363,26 @@ def test_transformer_xl_is_scored_in_each_context() -> None:
         assert found[f"model/state_millions_{number}"] == pytest.approx(2 * (memory + target) * 2 * 8 / 1e6)
 
 
+def test_the_words_that_are_scored_are_all_but_the_first() -> None:
+    data = make_data()
+    task = untrained(make_task(), data)
+    score(task, data)
+    assert [int(scored.count) for scored in task._scores] == [len(data.tokens(split)) - 1 for split in SPLITS]
+
+
+def test_an_untrained_adaptive_softmax_knows_the_clusters_and_no_more() -> None:
+    data = make_data(n_tokens=5000)
+    task = make_task(sizes={"d_model": 64, "n_heads": 4, "n_layers": 2, "cutoffs": [40, 200]})
+    torch.manual_seed(1)
+    task.model = task.build_model(data)  # type: ignore[assignment]
+    # 40 words and two clusters in the head, 160 words in one cluster, the rest in the other
+    choices = torch.tensor([42, 42 * 160, 42 * (data.vocabulary_size - 200)], dtype=torch.float64)
+    targets = torch.tensor(data.tokens("test")[1:].astype("int64"))
+    expected = choices[torch.bucketize(targets, torch.tensor([40, 200]), right=True)].log().mean().exp().item()
+    # as below: logits are no zeros
+    assert score(task, data)["test/perplexity"] == pytest.approx(expected, rel=0.16)
+
+
 def test_an_untrained_model_is_as_perplexed_as_its_vocabulary_is_large() -> None:
     data = make_data(n_tokens=5000)
     task = make_task(sizes={"d_model": 64, "n_heads": 4, "n_layers": 2, "cutoffs": []})
@@ -325,13 +410,11 @@ def test_the_weights_of_the_best_validation_are_scored() -> None:
 RESUMED = {
     "delta": (DELTA, {}, 1),
     "favor redrawn": (FAVOR, {}, 1),
-    "sum carried": (
-        AttentionConfig(rule="sum", attention_norm="readout"),
-        {**CARRIED, "sizes": {"positions": "none"}},
-        1,
-    ),
+    "sum carried": (SUM, {**CARRIED, "sizes": {"positions": "none"}}, 1),
     "delta carried in parts": (DELTA, {**CARRIED, "sizes": {"positions": "none"}}, 2),
-    "Transformer-XL": (SOFTMAX, {**CARRIED, "sizes": {"positions": "relative", "memory": 9}}, 1),
+    "frozen favor carried": (FROZEN_FAVOR, {**CARRIED, "sizes": {"positions": "none"}}, 1),
+    "fwm carried": (FWM, {**CARRIED, "sizes": {"positions": "none"}}, 1),
+    "Transformer-XL": (SOFTMAX, {**CARRIED, "sizes": XL_SIZES}, 1),
 }
 
 
@@ -400,10 +483,7 @@ def test_senseless_evaluations_are_refused(wrong: dict[str, Any], sentence: str)
 
 
 def test_a_frozen_random_matrix_may_be_carried() -> None:
-    frozen = AttentionConfig(
-        rule="delta", feature_map="favor", phi_norm="sum", n_features=4, favor=FavorConfig(redraw="never")
-    )
-    assert make_task(frozen, **CARRIED, sizes={"positions": "none"}).context == "carried"
+    assert make_task(FROZEN_FAVOR, **CARRIED, sizes={"positions": "none"}).context == "carried"
 
 
 def test_a_carried_normaliser_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:

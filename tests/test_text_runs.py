@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import torch
 from fwp_lightning.cli import main
 from fwp_lightning.results import read_points, read_store
 from fwp_lightning.sweep.workers import import_file
+from fwp_lightning.tasks.language_modeling import LanguageModelingTask
 
+ROOT = Path(__file__).resolve().parent.parent
 TEXT_TASK = Path(__file__).resolve().parent / "text_task.py"
 BASE = """
 seed_everything: 1
@@ -146,3 +149,73 @@ def test_a_segment_longer_than_the_text_is_found_before_anything_trains(
     words.edit("base/words", "length: 5", "length: 50")
     assert sweep("--dry-run", "--data", str(put(tmp_path / "text"))) == 2
     assert "the train text is too short: its 141 tokens make 4 streams of 35" in capsys.readouterr().err
+
+
+# --- a language model -------------------------------------------------------------------------------------------------
+
+LANGUAGE = """
+title: Words, carried
+base: base/lm_small.yaml
+seeds: [1]
+rows:
+  Delta Network: {model.attention: {rule: delta, feature_map: elu, phi_norm: sum}}
+  Performer delta:
+    model.attention: {rule: delta, feature_map: favor, phi_norm: sum, favor: {redraw: never}}
+profiles:
+  smoke: {set: &small {
+    trainer.accelerator: cpu, trainer.check_val_every_n_epoch: 2, trainer.accumulate_grad_batches: 2,
+    model.architecture: {n_layers: 2, d_model: 16, n_heads: 2, d_ff: 16, cutoffs: [40, 200], positions: none},
+    model.context: carried, model.evaluation.kind: segments, model.warmup_steps: 5, model.max_steps: 40, model.lr: 1e-2,
+    data: {corpus: facts, n_tokens: 3000, length: 16, batch_size: 4, accumulation: 2, steps_per_block: 10,
+           evaluation_batch_size: 2}}}
+  # the same training under another key
+  short: {set: *small}
+"""
+
+
+@pytest.fixture
+def language(tracked: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A project with an experiment on language models that are trained in a second."""
+    monkeypatch.setenv("FWP_ROOT", str(tracked.root))
+    shutil.copy(ROOT / "experiments" / "base" / "lm_small.yaml", tracked.root / "experiments" / "base")
+    tracked.write("language", LANGUAGE)
+    return tracked
+
+
+class Killed(Exception):
+    """As of a process that ends within a block."""
+
+
+def left_behind(language: Any, run: Any) -> dict[str, torch.Tensor]:
+    folder = language.root / "runs" / run.run_key
+    return dict(torch.load(folder / "final.ckpt", weights_only=True)["weights"])
+
+
+@pytest.mark.parametrize("row", ["Delta Network", "Performer delta"])
+def test_a_model_that_is_killed_within_a_block_ends_bit_for_bit_as_one_that_is_not(
+    row: str, train: Callable[..., Any], language: Any, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run,), (twin,) = (language.runs("language", profile=profile, rows=[row]) for profile in ("smoke", "short"))
+    assert run.config == twin.config
+    end_of_batch = LanguageModelingTask.on_train_batch_end
+
+    def kill_at(step: int) -> None:
+        def on_train_batch_end(self: LanguageModelingTask, *arguments: Any) -> None:
+            end_of_batch(self, *arguments)
+            if self.trainer.global_step == step:
+                raise Killed
+
+        monkeypatch.setattr(LanguageModelingTask, "on_train_batch_end", on_train_batch_end)
+
+    # in the second block, then in the fourth, which is trained anew from its start
+    for step in (17, 33):
+        kill_at(step)
+        assert train(run, checkpoint_seconds=0.0).message.startswith("Killed")
+        assert (language.root / "runs" / run.run_key / "last.ckpt").is_file()
+    monkeypatch.setattr(LanguageModelingTask, "on_train_batch_end", end_of_batch)
+    assert train(run).status == train(twin).status == "complete"
+    ours, undisturbed = left_behind(language, run), left_behind(language, twin)
+    assert ours.keys() == undisturbed.keys()
+    for name, weights in undisturbed.items():
+        assert torch.equal(ours[name], weights), name
+    assert points(client, run) == points(client, twin)

@@ -25,6 +25,8 @@ from fwp_lightning.tasks.processes import gather
 log = logging.getLogger(__name__)
 
 SPLITS: tuple[Split, ...] = ("valid", "test")
+# of a compiled model: with and without a state, whole and short segments, training and each evaluation
+MOST_GRAPHS = 64
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,9 @@ class LanguageModelingTask(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return Adam with PyTorch's betas and eps, and its schedule by the step."""
-        optimizer = torch.optim.Adam(self.model.parameters(), lr=self.lr, fused=True)
+        # a fused optimizer undoes a loss scale by itself, so that Lightning does not let gradients be clipped before it
+        mixed = str(self.trainer.precision).endswith("-mixed")
+        optimizer = torch.optim.Adam(self.model.parameters(), lr=self.lr, fused=not mixed)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -229,7 +233,7 @@ class LanguageModelingTask(L.LightningModule):
             hidden, last = self.model(words, state)
         else:
             if self._compiled is None:
-                self._compiled = torch.compile(self.model.forward)
+                self._compiled = _compile(self.model)
             hidden, last = self._compiled(words, state)
         return hidden, last
 
@@ -431,6 +435,17 @@ def check_numbers(trainer: L.Trainer, data: WikiTextData, max_steps: int) -> Non
             f"(data.steps_per_block={data.steps_per_block} x trainer.check_val_every_n_epoch="
             f"{trainer.check_val_every_n_epoch})"
         )
+
+
+def _compile(model: nn.Module) -> Callable[..., Any]:
+    """Return a model's forward pass through torch.compile."""
+    import torch._dynamo
+
+    # graphs count per function and not per model: those of the runs before in this process are forgotten, or from
+    # the eighth on PyTorch would go on uncompiled
+    torch.compiler.reset()
+    torch._dynamo.config.recompile_limit = MOST_GRAPHS
+    return torch.compile(model.forward)
 
 
 def _copy(state: dict[str, Any]) -> dict[str, Any]:

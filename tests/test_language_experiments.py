@@ -1,0 +1,147 @@
+"""What experiments/table2..5.yaml ask for: the paper's models to the parameter, its numbers, and the protocols."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fwp_lightning.attention import AttentionConfig, FavorConfig
+from fwp_lightning.experiment import Project, Run, load_experiment, resolve_runs
+from fwp_lightning.models.language_model import build_language_model
+from fwp_lightning.models.transformer import Architecture
+
+PROJECT = Project(Path(__file__).resolve().parent.parent)
+TABLES = ("table2", "table3", "table4", "table5")
+# WikiText-103
+V = 267_735
+SMALL, SMALL_DELTA = 44_018_394, 44_034_778
+MEDIUM, MEDIUM_DELTA, MEDIUM_XL = 89_833_434, 89_866_202, 90_882_522
+
+
+def runs_of(table: str, profile: str = "paper", protocol: str = "corrected") -> list[Run]:
+    return resolve_runs(load_experiment(table, PROJECT), profile=profile, protocol=protocol)
+
+
+def settings(run: Run) -> dict[str, Any]:
+    return run.config["model"]["init_args"]
+
+
+def attention_of(run: Run) -> AttentionConfig:
+    given = settings(run)["attention"]
+    return AttentionConfig(**{**given, "favor": FavorConfig(**given["favor"])})
+
+
+def n_params(run: Run) -> int:
+    with torch.device("meta"):
+        model = build_language_model(Architecture(**settings(run)["architecture"]), attention_of(run), V)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_models_of_the_paper_profile_have_the_papers_parameters() -> None:
+    found = {(t, run.row, run.point): n_params(run) for t in TABLES for run in runs_of(t)}
+    expected = {
+        ("table2", row, f"size={size}"): (delta if "elta" in row else other)
+        for row in ("Transformer", "Linear Transformer", "Delta Network", "Performer sum", "Performer delta")
+        for size, other, delta in (("small", SMALL, SMALL_DELTA), ("medium", MEDIUM, MEDIUM_DELTA))
+    }
+    for positions in ("yes", "no"):
+        for norm in ("yes", "no"):
+            expected["table3", f"position {positions}, attention norm {norm}", ""] = MEDIUM_DELTA
+    expected["table4", "Linear Transformer", ""] = MEDIUM
+    expected["table4", "Linear Transformer, attention norm no", ""] = MEDIUM
+    expected["table4", "Delta Network", ""] = MEDIUM_DELTA
+    expected["table4", "Transformer-XL", ""] = MEDIUM_XL
+    for row in ("Transformer", "Performer sum", "DPFP sum"):
+        expected["table5", row, ""] = SMALL
+    for row in ("Performer delta", "DPFP delta"):
+        expected["table5", row, ""] = SMALL_DELTA
+    assert found == expected
+
+
+def test_numbers_of_the_paper_profile_are_those_of_section_6_3() -> None:
+    for table in TABLES:
+        for run in runs_of(table):
+            model, data, trainer = settings(run), run.config["data"]["init_args"], run.config["trainer"]
+            medium = model["architecture"]["d_model"] == 256
+            assert medium is (table in ("table3", "table4") or run.point == "size=medium")
+            xl = run.row == "Transformer-XL"
+            assert (data["corpus"], data["length"], data["batch_size"]) == (
+                ("wikitext-103", 384, 56) if medium else ("wikitext-103", 256, 96)
+            )
+            steps, warmup = (200_000, 1000) if xl else (400_000 if medium else 500_000, 2000)
+            assert (model["max_steps"], model["warmup_steps"], model["lr"]) == (steps, warmup, 2.5e-4)
+            sizes = model["architecture"]
+            assert (sizes["n_layers"], sizes["n_heads"], sizes["d_ff"], sizes["dropout"]) == (16, 8, 2048, 0.1)
+            assert sizes["cutoffs"] == [20_000, 40_000, 200_000]
+            assert trainer["gradient_clip_val"] == 0.25
+            carried = table == "table4"
+            assert model["evaluation"]["kind"] == ("segments" if carried else "windows")
+            assert model["evaluation"]["stride"] == 1
+            assert model["context"] == ("carried" if carried else "segment")
+            if model["attention"]["feature_map"] == "favor":
+                assert model["attention"]["n_features"] == (16 if medium or table == "table5" else 8)
+            if xl:
+                assert model["evaluation"]["contexts"] == [[15, 1], [64, 64], [128, 128], [384, 384]]
+
+
+# rule, feature_map, phi_norm, attention_norm of the paper's rows
+AXES = {
+    ("table2", "Transformer"): ("softmax", "identity", "none", "none"),
+    ("table2", "Linear Transformer"): ("sum", "elu", "none", "readout"),
+    ("table2", "Delta Network"): ("delta", "elu", "sum", "none"),
+    ("table2", "Performer sum"): ("sum", "favor", "none", "readout"),
+    ("table2", "Performer delta"): ("delta", "favor", "sum", "none"),
+    ("table3", "position yes, attention norm yes"): ("delta", "elu", "sum", "both"),
+    ("table3", "position no, attention norm yes"): ("delta", "elu", "sum", "both"),
+    ("table3", "position yes, attention norm no"): ("delta", "elu", "sum", "none"),
+    ("table3", "position no, attention norm no"): ("delta", "elu", "sum", "none"),
+    ("table4", "Linear Transformer"): ("sum", "elu", "none", "readout"),
+    ("table4", "Linear Transformer, attention norm no"): ("sum", "elu", "none", "none"),
+    ("table4", "Delta Network"): ("delta", "elu", "sum", "none"),
+    ("table4", "Transformer-XL"): ("softmax", "identity", "none", "none"),
+    ("table5", "Transformer"): ("softmax", "identity", "none", "none"),
+    ("table5", "Performer sum"): ("sum", "favor", "none", "readout"),
+    ("table5", "Performer delta"): ("delta", "favor", "sum", "none"),
+    ("table5", "DPFP sum"): ("sum", "dpfp", "none", "readout"),
+    ("table5", "DPFP delta"): ("delta", "dpfp", "sum", "none"),
+}
+
+
+@pytest.mark.parametrize("profile", ["smoke", "short", "paper"])
+def test_rows_are_the_papers_points_on_the_axes(profile: str) -> None:
+    found = {}
+    for table in TABLES:
+        for run in runs_of(table, profile):
+            a = attention_of(run)
+            found[table, run.row] = (a.rule, a.feature_map, a.phi_norm, a.attention_norm)
+            if table == "table3":
+                assert settings(run)["architecture"]["positions"] == (
+                    "sinusoidal" if "position yes" in run.row else "none"
+                )
+    assert found == AXES
+
+
+def test_what_changes_results_is_an_option_of_the_protocol() -> None:
+    by_row = {(t, run.row, run.point): run for t in TABLES for run in runs_of(t, protocol="released")}
+    for (table, row, _), run in by_row.items():
+        a = attention_of(run)
+        assert settings(run)["first_step"] == "full"
+        # softmax has its own 1/sqrt(d); DPFP with the sum rule exists in the form in which it cancels alone
+        unscaled = a.rule == "softmax" or (table, row) == ("table5", "DPFP sum")
+        assert a.output_scale == ("none" if unscaled else "rsqrt_d")
+        assert (a.key_norm_eps, a.query_norm_eps, a.attention_norm_eps) == (0.0, 0.0, 1e-5)
+        assert a.carried_query_gradient == ("none" if table == "table4" and a.rule == "sum" else "exact")
+        if a.feature_map == "favor":
+            assert (a.favor.features, a.favor.scaling, a.favor.stabilizer) == ("orthogonal_inputs", "none", "none")
+            assert (a.favor.kernel_eps, a.favor.redraw) == (1e-4, "training")
+    for table in ("table2", "table5"):
+        for run in runs_of(table, protocol="first_release"):
+            sums = attention_of(run).rule == "sum" and "DPFP" not in run.row
+            assert attention_of(run).phi_norm == ("sum" if sums or attention_of(run).rule == "delta" else "none")
+    for table in TABLES:
+        for run in runs_of(table):
+            a = attention_of(run)
+            assert (settings(run)["first_step"], a.output_scale, a.carried_query_gradient) == ("warm", "none", "exact")
