@@ -377,10 +377,11 @@ def _built_in_parts() -> set[str]:
     """Return the suite's own rules and feature maps, without those that a user's file has registered already."""
     from fwp_lightning.attention import catalog
 
-    registries = (("rules", "RULES"), ("feature_maps", "FEATURE_MAPS"))
-    live = [getattr(sys.modules.get(f"fwp_lightning.attention.{name}"), registry, {}) for name, registry in registries]
+    live = [
+        getattr(sys.modules.get(f"fwp_lightning.attention.{name}"), name.upper(), {}) for name in catalog.REGISTRIES
+    ]
     users = {name for parts in live for name in parts if not parts[name].__module__.startswith("fwp_lightning.")}
-    return {part.name for part in [*catalog.rules(), *catalog.feature_maps()]} - users
+    return {part.name for registry in catalog.REGISTRIES for part in catalog.parts(registry)} - users
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -546,8 +547,7 @@ def _list(options: argparse.Namespace) -> int:
 
     _import_user_files(options.imports)
     parts: dict[str, Sequence[Any]] = {
-        "rules": catalog.rules(),
-        "feature_maps": catalog.feature_maps(),
+        **{registry: catalog.parts(registry) for registry in catalog.REGISTRIES},
         "backends": catalog.backends(),
         "kernels": catalog.kernels(),
         "paper_names": catalog.paper_names(),
@@ -587,8 +587,9 @@ def _list_experiments(project: Any) -> list[dict[str, Any]]:
 
 def _print_list(listed: dict[str, list[dict[str, Any]]]) -> None:
     _print_columns("experiments", [[e["name"], e["title"], e["source"]] for e in listed["experiments"]])
-    _print_columns("rules", [[part["name"], part["summary"]] for part in listed["rules"]])
-    _print_columns("feature maps", [[part["name"], part["summary"]] for part in listed["feature_maps"]])
+    for registry in ("rules", "feature_maps", "phi_norms"):
+        title = registry.replace("_", " ").replace("phi norms", "normalisations of features (phi_norm)")
+        _print_columns(title, [[part["name"], part["summary"]] for part in listed[registry]])
     for title, key in (("backends", "backends"), ("compiled for the retrieval task", "kernels")):
         rows = [[b["name"], ", ".join(b["rules"]), _availability(b)] for b in listed[key]]
         _print_columns(title, rows)

@@ -779,12 +779,12 @@ def processes_of(trainer: Mapping[str, Any]) -> int:
 
 
 def parts_of(config: Any) -> set[str]:
-    """Return the rules and feature maps that a configuration names, wherever they stand in it."""
+    """Return the rules, feature maps and normalisations that a configuration names, wherever they stand in it."""
     if isinstance(config, list):
         return set().union(*map(parts_of, config))
     if not isinstance(config, dict):
         return set()
-    named = {item for key, item in config.items() if key in ("rule", "feature_map") and isinstance(item, str)}
+    named = {config[key] for key in ("rule", "feature_map", "phi_norm") if isinstance(config.get(key), str)}
     return named.union(*map(parts_of, config.values()))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fwp_lightning.attention import AttentionConfig, FavorConfig, MemoryState
+from fwp_lightning.attention import MemoryState, attention_of
 from fwp_lightning.data.vocabulary import Vocabulary
 from fwp_lightning.errors import UserError, sentence_of
 from fwp_lightning.models.language_model import LanguageModel, build_language_model
@@ -120,8 +120,7 @@ def load_trained(path: Path) -> Trained:
             "complete run."
         )
     settings, data = content["config"]["model"]["init_args"], content["config"]["data"]["init_args"]
-    favor = FavorConfig(**settings["attention"]["favor"])
-    attention = AttentionConfig(**{**settings["attention"], "favor": favor})
+    attention = attention_of(settings["attention"])
     vocabulary = Vocabulary(content["words"])
     try:
         model = build_language_model(Architecture(**settings["architecture"]), attention, len(vocabulary))

@@ -10,8 +10,10 @@ True
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
-from collections.abc import Callable, Iterator
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -22,6 +24,12 @@ def did_you_mean(name: object, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) if isinstance(name, str) else []
     hint = f"Did you mean {close[0]!r}? " if close else ""
     return f"{hint}Known: {', '.join(known)}."
+
+
+def import_members(package: str, folders: Iterable[str]) -> None:
+    """Import every file of a package, so that what they register is known: a new part is a new file and no more."""
+    for module in sorted(module.name for module in pkgutil.iter_modules(folders)):
+        importlib.import_module(f"{package}.{module}")
 
 
 def _origin(part: object) -> object:

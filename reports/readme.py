@@ -1,9 +1,10 @@
-"""Keeps README's blocks, verdicts, results and benchmarks, equal to results/*.csv."""
+"""Keeps README's blocks equal to results/*.csv, and the table of the family to the registry's classes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from fwp_lightning.attention import catalog
 from fwp_lightning.errors import UserError, sentence_of
 from fwp_lightning.experiment import Experiment, Project, View, load_experiment
 from reports import benchmarks, verdict_tables, wording
@@ -13,18 +14,44 @@ from reports.sources import Results
 from reports.tables import Table, markdown_lines, markdown_text
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+README, FAMILY = Path("README.md"), Path("fwp_lightning") / "attention" / "README.md"
+BLOCKS = {README: "results block", FAMILY: "table of the family"}
+FAMILY_BEGIN, FAMILY_END = "<!-- family:begin -->", "<!-- family:end -->"
 BEST_FIRST = ("paper", "short", "smoke")
 """the block shows the profile nearest to the paper that has runs"""
 
 
 def rewrite(project: Project, results: Results, *, check: bool) -> str:
-    """Brings README's block up to date, or with `check` refuses a stale one; returns what was done."""
-    path = project.root / "README.md"
+    """Brings the blocks up to date, or with `check` refuses stale ones; returns what was done."""
+    fresh = {README: _with_results(project, results)}
+    # a project of the user's own has no registry
+    if (project.root / FAMILY).is_file():
+        text = _text(project.root / FAMILY)
+        fresh[FAMILY] = _replaced(FAMILY, text, (FAMILY_BEGIN, FAMILY_END), catalog.family_table())
+    stale = [path for path, content in fresh.items() if content != _text(project.root / path)]
+    if not stale:
+        return "README.md: the results block is up to date"
+    if check:
+        raise UserError(f"{stale[0]}: the {BLOCKS[stale[0]]} is stale; run `python -m reports readme`.")
+    for path in stale:
+        try:
+            (project.root / path).write_text(fresh[path], encoding="utf-8", newline="\n")
+        except OSError as error:
+            raise UserError(f"{project.root / path} cannot be written: {sentence_of(error)}.") from error
+    return "\n".join(f"{path}: {BLOCKS[path]} rewritten" for path in stale)
+
+
+def _text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else sentence_of(error)
         raise UserError(f"{path} cannot be read: {reason}; the block needs a README with {BEGIN} and {END}.") from error
+
+
+def _with_results(project: Project, results: Results) -> str:
+    path = project.root / "README.md"
+    text = _text(path)
     fresh = _replaced(path, text, (BEGIN, END), block(project, results))
     # a README need not have the others
     if verdict_tables.BEGIN in text:
@@ -32,15 +59,7 @@ def rewrite(project: Project, results: Results, *, check: bool) -> str:
         fresh = _replaced(path, fresh, (verdict_tables.BEGIN, verdict_tables.END), verdicts)
     if benchmarks.BEGIN in text:
         fresh = _replaced(path, fresh, (benchmarks.BEGIN, benchmarks.END), benchmarks.block(project.root))
-    if fresh == text:
-        return "README.md: the results block is up to date"
-    if check:
-        raise UserError("README.md: the results block is stale; run `python -m reports readme`.")
-    try:
-        path.write_text(fresh, encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {sentence_of(error)}.") from error
-    return "README.md: results block rewritten"
+    return fresh
 
 
 def _replaced(path: Path, text: str, marks: tuple[str, str], content: str) -> str:

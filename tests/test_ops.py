@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from rule_cases import EXACT, SMALL, assert_same, leaves, weighted
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.nn.functional import elu, normalize
@@ -18,14 +19,11 @@ from fwp_lightning.ops import chunked
 
 RULES: dict[str, Callable[..., Any]] = {"sum": ops.sum_rule, "delta": ops.delta_rule, "fwm": ops.fwm_rule}
 # what runs on the CPU
-SMALL = torch.empty(1, 2, 1, 1, dtype=torch.float64)
 CASES = [(rule, backend) for rule in RULES for backend in ops.backends_of(rule, SMALL)]
 FAST = [(rule, backend) for rule, backend in CASES if backend != "reference"] + [(rule, "auto") for rule in RULES]
 LENGTHS = [1, 2, 31, 33, 63, 65, 100, 130]
 SIZES = {"K=13, V=5": (2, 2, 13, 5), "K=50, V=3": (1, 2, 50, 3)}
 NAMES = ("q", "k", "v", "beta", "state")
-# sums of at most a few thousand float64 terms of order 1
-EXACT = {"rtol": 1e-9, "atol": 1e-10}
 
 
 def make_inputs(
@@ -90,31 +88,12 @@ def explicit(rule: str, inputs: dict[str, Tensor | None]) -> tuple[Tensor, Tenso
     return outputs, last
 
 
-def leaves(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
-
-
-def weighted(tensors: list[Tensor | None]) -> Tensor:
-    """A scalar that depends on every component differently."""
-    total = torch.zeros((), dtype=torch.float64)
-    for x in tensors:
-        if x is not None:
-            total = total + (x.double() * torch.sin(1 + torch.arange(x.numel(), dtype=torch.float64)).view_as(x)).sum()
-    return total
-
-
 def results_and_gradients(rule: str, inputs: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
     inputs = leaves(inputs)
     o, state = call(rule, inputs, **options)
     assert o is not None
     gradients = torch.autograd.grad(weighted([o, state]), list(inputs.values()))
     return {"o": o, "last state": state, **{f"grad {n}": g for n, g in zip(inputs, gradients, strict=True)}}
-
-
-def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], **tolerance: float) -> None:
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], **tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
 # --- the definition ---------------------------------------------------------------------------------------------------

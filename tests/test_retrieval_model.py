@@ -159,7 +159,7 @@ def test_stabilised_favor_reads_few_keys_and_then_none_as_keys_grow(n_keys: int,
     with torch.no_grad():
         k, _ = model._factored_keys(batch.keys, batch.values)
         q = F.linear(model.key_embedding[batch.queries], model.W_q, model.b_q)
-        weights = model.memory.attention_weights(q.unsqueeze(2), k.unsqueeze(2))[:, 0]
+        weights = model.memory.attention_weights(q.unsqueeze(2), k)[:, 0]
     largest, total = weights.amax(-1).median(), weights.sum(-1).median()
     size = k.square().sum(-1).mean() / 8
     if n_keys == 60:

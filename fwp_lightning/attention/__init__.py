@@ -4,25 +4,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fwp_lightning.attention.config import AttentionConfig, FavorConfig
+    from fwp_lightning.attention.config import AttentionConfig, FavorConfig, RuleOptions, attention_of
     from fwp_lightning.attention.feature_maps import FEATURE_MAPS, FeatureMap
     from fwp_lightning.attention.layer import FastWeightAttention, FastWeightMemory, MemoryState, build_attention
-    from fwp_lightning.attention.rules import RULES, Rule
+    from fwp_lightning.attention.phi_norms import PHI_NORMS, PhiNorm
+    from fwp_lightning.attention.rules import RULES, Gate, Rule
 
 __all__ = [
     "FEATURE_MAPS",
+    "PHI_NORMS",
     "RULES",
     "AttentionConfig",
     "FastWeightAttention",
     "FastWeightMemory",
     "FavorConfig",
     "FeatureMap",
+    "Gate",
     "MemoryState",
+    "PhiNorm",
     "Rule",
+    "RuleOptions",
+    "attention_of",
     "build_attention",
 ]
 
-_MODULES = ("config", "feature_maps", "rules", "layer")
+_MODULES = ("config", "feature_maps", "phi_norms", "rules", "layer")
 
 
 def __getattr__(name: str) -> Any:

@@ -44,18 +44,20 @@ class RetrievalModel(nn.Module):
         if compute == "plain" and attention.backend == "auto":
             # as the released code: one sum of outer products, and a loop where a write depends on the one before
             attention = replace(attention, backend=_PLAIN_BACKENDS.get(attention.rule, "auto"))
-        self.memory = FastWeightMemory(attention, d_key)
+        self.memory = FastWeightMemory(attention, d_key, d_value=n_keys)
+        self._check_rule()
+        pairs = self.memory.rule.pairs
         # the released code's size of an embedding: 1.1 times the whole vocabulary of keys and values
         d_embedding = int((n_keys + n_keys) * 1.1)
         d_pair = n_keys + d_embedding
         self.key_embedding = nn.Parameter(torch.empty(n_keys, d_embedding))
-        self.W_k = nn.Parameter(torch.empty(d_key, d_pair))
-        self.b_k = nn.Parameter(torch.empty(d_key))
+        self.W_k = nn.Parameter(torch.empty(pairs * d_key, d_pair))
+        self.b_k = nn.Parameter(torch.empty(pairs * d_key))
         self.W_q = nn.Parameter(torch.empty(d_key, d_embedding))
         self.b_q = nn.Parameter(torch.empty(d_key))
-        if self.memory.rule.uses_beta:
-            self.W_beta = nn.Parameter(torch.empty(1, d_pair))
-            self.b_beta = nn.Parameter(torch.empty(1))
+        for gate in self.memory.rule.gates:
+            setattr(self, f"W_{gate.name}", nn.Parameter(torch.empty(pairs, d_pair)))
+            setattr(self, f"b_{gate.name}", nn.Parameter(torch.empty(pairs)))
         self.register_load_state_dict_pre_hook(_drop_unused_embeddings)
         self.reset_parameters()
 
@@ -67,20 +69,32 @@ class RetrievalModel(nn.Module):
             bound = math.sqrt(6 / sum(W.shape)) if softmax else self.d_key**-0.5
             nn.init.uniform_(W, -bound, bound)
             nn.init.uniform_(b, -(W.shape[1] ** -0.5), W.shape[1] ** -0.5)
-        if self.memory.rule.uses_beta:
-            bound = self.W_beta.shape[1] ** -0.5
-            nn.init.uniform_(self.W_beta, -bound, bound)
-            nn.init.uniform_(self.b_beta, -bound, bound)
+        for W, b in self._gate_parameters():
+            bound = W.shape[1] ** -0.5
+            nn.init.uniform_(W, -bound, bound)
+            nn.init.uniform_(b, -bound, bound)
+
+    def _check_rule(self) -> None:
+        rule = self.memory.rule
+        if rule.reads_while_writing or any(gate.size != "number" for gate in rule.gates):
+            raise ValueError(
+                f"rule {self.memory.config.rule} reads at every step, but a retrieval sequence has one query, behind "
+                "its pairs; take a rule that writes first"
+            )
+
+    def _gate_parameters(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        return [(getattr(self, f"W_{g.name}"), getattr(self, f"b_{g.name}")) for g in self.memory.rule.gates]
 
     def forward(self, keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
         """Return predictions ``[B, Q, S]`` for key ids and value ids ``[B, T]`` and queried key ids ``[B, Q]``."""
         q = linear(embedding(queries, self.key_embedding), self.W_q, self.b_q)
-        if self.compute == "plain":
-            y = self._write_and_read(*self._plain_keys(keys, values), values, q)
-        elif self.memory.has_attention_weights:
-            y = self._scatter_weights(*self._factored_keys(keys, values), values, q)
+        k, gates = self._plain_keys(keys, values) if self.compute == "plain" else self._factored_keys(keys, values)
+        # all pairs of a step store its value
+        values = values.repeat_interleave(self.memory.rule.pairs, dim=1)
+        if self.compute != "plain" and self.memory.has_attention_weights:
+            y = self._scatter_weights(k, gates, values, q)
         else:
-            y = self._write_and_read(*self._factored_keys(keys, values), values, q)
+            y = self._write_and_read(k, gates, values, q)
         return layer_norm(y, (self.n_keys,)) if self.readout_norm == "layer_norm" else y
 
     def is_compiled(self) -> bool:
@@ -116,8 +130,7 @@ class RetrievalModel(nn.Module):
     @property
     def pair_parameters(self) -> PairParameters:
         """The parameters as ``ops.train_pairs`` takes them."""
-        uses_beta = self.memory.rule.uses_beta
-        beta = (self.W_beta, self.b_beta) if uses_beta else (None, None)
+        beta = [parameter for pair in self._gate_parameters() for parameter in pair]
         return PairParameters(self.key_embedding, self.W_k, self.b_k, self.W_q, self.b_q, *beta)
 
     def training_directions(self, n_steps: int) -> Tensor | None:
@@ -125,38 +138,49 @@ class RetrievalModel(nn.Module):
         draw = getattr(self.memory.feature_map, "training_directions", None)
         return None if draw is None else draw(n_steps)
 
-    def _write_and_read(self, k: Tensor, beta: Tensor | None, values: Tensor, q: Tensor) -> Tensor:
-        # one head: [B, T, 1, D]
+    def _write_and_read(self, k: Tensor, gates: tuple[Tensor, ...], values: Tensor, q: Tensor) -> Tensor:
         v = one_hot(values, self.n_keys).to(k.dtype).unsqueeze(2)
-        beta = None if beta is None else beta.unsqueeze(2)
-        return self.memory.read(q.unsqueeze(2), self.memory.write(k.unsqueeze(2), v, beta)).squeeze(2)
+        return self.memory.read(q.unsqueeze(2), self.memory.write(k, v, gates)).squeeze(2)
 
-    def _scatter_weights(self, k: Tensor, beta: Tensor | None, values: Tensor, q: Tensor) -> Tensor:
+    def _scatter_weights(self, k: Tensor, gates: tuple[Tensor, ...], values: Tensor, q: Tensor) -> Tensor:
         """Add each attention weight to the component of its one-hot value: ``sum_t a_t onehot(v_t)``."""
-        beta = None if beta is None else beta.unsqueeze(2)
-        weights = self.memory.attention_weights(q.unsqueeze(2), k.unsqueeze(2), beta).squeeze(1)
+        weights = self.memory.attention_weights(q.unsqueeze(2), k, gates).squeeze(1)
         index = values.unsqueeze(1).expand_as(weights)
         return weights.new_zeros(*weights.shape[:2], self.n_keys).scatter_add(2, index, weights)
 
-    def _plain_keys(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _plain_keys(self, keys: Tensor, values: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return keys ``[B, n T, 1, D]`` and gates ``[B, n T, 1]`` of n pairs a step, of one head."""
         onehot = one_hot(values, self.n_keys).to(self.W_k.dtype)
         pairs = torch.cat([onehot, embedding(keys, self.key_embedding)], dim=-1)
         k = linear(pairs, self.W_k, self.b_k)
-        if not self.memory.rule.uses_beta:
-            return k, None
-        return k, torch.sigmoid(linear(pairs, self.W_beta, self.b_beta)).squeeze(-1)
+        return self._one_head(k), tuple(
+            gate.of(self._one_head(linear(pairs, W, b)))
+            for gate, (W, b) in zip(self.memory.rule.gates, self._gate_parameters(), strict=True)
+        )
 
-    def _factored_keys(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Add up keys from two tables ``[S, D]``: one for the key ids and one for the value ids."""
-        W_value, W_embedding = self.W_k.split([self.n_keys, self.key_embedding.shape[1]], dim=1)
+    def _factored_keys(self, keys: Tensor, values: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return what ``_plain_keys`` does, added up from two tables ``[S, n D]``: of the key ids and the value ids."""
+        W_value, W_embedding = self._halves(self.W_k)
         key_table, value_table = linear(self.key_embedding, W_embedding, self.b_k), W_value.T
-        return embedding(keys, key_table) + embedding(values, value_table), self._beta(keys, values)
+        k = embedding(keys, key_table) + embedding(values, value_table)
+        return self._one_head(k), tuple(
+            gate.of(self._one_head(self._numbers(W, b, keys, values)))
+            for gate, (W, b) in zip(self.memory.rule.gates, self._gate_parameters(), strict=True)
+        )
 
-    def _beta(self, keys: Tensor, values: Tensor) -> Tensor | None:
-        if not self.memory.rule.uses_beta:
-            return None
-        w_value, w_embedding = self.W_beta[0].split([self.n_keys, self.key_embedding.shape[1]])
-        return torch.sigmoid((self.key_embedding @ w_embedding + self.b_beta)[keys] + w_value[values])
+    def _numbers(self, W: Tensor, b: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        rows = zip(*self._halves(W), b, strict=True)
+        numbers = [(self.key_embedding @ w_key + bias)[keys] + w_value[values] for w_value, w_key, bias in rows]
+        return torch.stack(numbers, dim=-1)
+
+    def _halves(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        """Split what acts on ``[onehot(value), embedding(key)]``."""
+        W_value, W_embedding = W.split([self.n_keys, self.key_embedding.shape[1]], dim=-1)
+        return W_value, W_embedding
+
+    def _one_head(self, x: Tensor) -> Tensor:
+        """Return ``[B, T, n D]`` as ``[B, n T, 1, D]``."""
+        return x.unflatten(-1, (self.memory.rule.pairs, -1)).flatten(1, 2).unsqueeze(2)
 
 
 def _drop_unused_embeddings(module: RetrievalModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

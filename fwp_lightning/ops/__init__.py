@@ -7,9 +7,12 @@ state. ``README.md`` derives the chunked forms.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from fwp_lightning.ops.backends import BACKENDS, backends_of, check, implementation, why_not
+from fwp_lightning.ops.backends import BACKENDS, backends_of, check, implementation, implements, why_not
+from fwp_lightning.ops.decays import decay_to_the_end, decaying_chunks, decaying_steps
 from fwp_lightning.ops.pair_training import (
     AdamState,
     PairBatches,
@@ -31,16 +34,21 @@ __all__ = [
     "PairParameters",
     "attention_weights",
     "backends_of",
+    "decay_to_the_end",
+    "decaying_chunks",
+    "decaying_steps",
     "delta_rule",
     "dpfp_kernel",
     "exponential_kernel",
     "flushing_exp",
     "fused_rule",
     "fwm_rule",
+    "implements",
     "pair_gradients",
     "sum_rule",
     "train_pairs",
     "why_not",
+    "written_by",
 ]
 
 
@@ -110,6 +118,24 @@ def fwm_rule(
     """
     check(q=q, k=k, v=v, beta=beta, state=state, needs=("k", "v", "beta"))
     return implementation("fwm", backend, k, v)(q, k, v, beta, state)
+
+
+def written_by(
+    rule: str,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    gates: dict[str, Any],
+    state: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor | None, Tensor]:
+    """Return outputs and the last state of a rule that ``implements`` named; ``gates`` are ``[B, T, H]`` or wider.
+
+    Raises ``ValueError`` for tensors that do not fit together or a backend that cannot run.
+    """
+    check(q=q, k=k, v=v, state=state, **gates)
+    return implementation(rule, backend, k, v)(q, k, v, *gates.values(), state)
 
 
 def attention_weights(q: Tensor, k: Tensor, beta: Tensor | None = None) -> Tensor:

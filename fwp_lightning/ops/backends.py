@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-Implementation = Callable[..., tuple[Tensor | None, Tensor]]
+# the last state is a tensor, or a tuple of them
+Implementation = Callable[..., tuple[Tensor | None, Any]]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ def _compiled_why_not(rule: str, k: Tensor) -> str | None:
 
 
 BACKENDS: Registry[Backend] = Registry("backend")
+# rules, and their backends, that `implements` gave
+_WIDENED: set[tuple[str, str]] = set()
 # fastest first: `auto` takes the first that can
 BACKENDS.register("cuda")(
     Backend(
@@ -66,6 +69,24 @@ BACKENDS.register("reference")(
 )
 
 
+def implements(rule: str, backend: str) -> Callable[[Implementation], Implementation]:
+    """Return a decorator that lets a backend compute a rule with the function, in the rule's own file.
+
+    It is called with ``q k v``, the rule's gates and the state, None for an empty memory, none in half precision. It
+    returns outputs and the last state; a state is one tensor, or a tuple where the rule has several.
+    """
+
+    def store(function: Implementation) -> Implementation:
+        known = BACKENDS[backend].rules.get(rule)
+        if known is not None and known.__code__.co_filename != function.__code__.co_filename:
+            raise ValueError(f"backend {backend!r} computes the rule {rule!r} already; choose another name")
+        BACKENDS[backend].rules[rule] = function
+        _WIDENED.add((rule, backend))
+        return function
+
+    return store
+
+
 def why_not(backend: str, rule: str, k: Tensor | None = None, v: Tensor | None = None) -> str | None:
     """Return the sentence why ``backend`` cannot run ``rule`` (on tensors like ``k`` and ``v``), or None if it can."""
     chosen = BACKENDS[backend]
@@ -90,26 +111,30 @@ def implementation(rule: str, backend: str, k: Tensor, v: Tensor) -> Implementat
         if reason:
             # what a build lacks does not name the argument
             raise ValueError(reason if f"'{backend}'" in reason else f"backend {backend!r} cannot run here: {reason}")
-        return _for_dtype(rule, BACKENDS[backend], k.dtype)
+        return _for_dtype(rule, backend, k.dtype)
     # one step is one write and one read: there is nothing to make parallel
     chosen = "reference" if k.shape[1] == 1 else backends_of(rule, k, v)[0]
     # a tracer would have to stop for a message
     if k.shape[1] > 1 and not torch.compiler.is_compiling():
         _log_choice(rule, chosen)
-    return _for_dtype(rule, BACKENDS[chosen], k.dtype)
+    return _for_dtype(rule, chosen, k.dtype)
 
 
-def _for_dtype(rule: str, backend: Backend, dtype: torch.dtype) -> Implementation:
+def _for_dtype(rule: str, name: str, dtype: torch.dtype) -> Implementation:
     """Return the backend's function; for half precision, one that computes and carries states in float32."""
+    backend = BACKENDS[name]
     function, wide = backend.rules[rule], reference.state_dtype(dtype)
     if dtype == wide:
         return function
+    reads_half = dtype in backend.takes_half and (rule, name) not in _WIDENED
 
-    def computed_in_float32(*inputs: Tensor | None, **options: Any) -> tuple[Tensor | None, Tensor]:
+    def computed_in_float32(*inputs: Any, **options: Any) -> tuple[Tensor | None, Any]:
         *tensors, state = inputs
-        if dtype not in backend.takes_half:
+        if not reads_half:
             tensors = [None if x is None else x.to(wide) for x in tensors]
-        o, last = function(*tensors, None if state is None else state.to(wide), **options)
+        if state is not None:
+            state = tuple(x.to(wide) for x in state) if isinstance(state, tuple) else state.to(wide)
+        o, last = function(*tensors, state, **options)
         return (None if o is None else o.to(dtype)), last
 
     return computed_in_float32
@@ -125,8 +150,9 @@ def check(
 ) -> None:
     """Raise ``ValueError`` naming the argument that is no tensor or does not fit ``k`` in shape, dtype or device.
 
-    Expects ``q k v beta state z`` as in the ops; those that are not needed may be None or absent. Without causality
-    ``q`` may have any length. A state has ``n_features`` rows, or as many as keys are wide.
+    Expects ``q k v beta state z`` as in the ops; those that are not needed may be None or absent; others are gates,
+    ``[B, T, H]`` or ``[B, T, H, size]``. Without causality ``q`` may have any length. A state has ``n_features`` rows,
+    or as many as keys are wide.
     """
     given = {name: x for name, x in tensors.items() if x is not None or name in needs}
     for name, x in given.items():
@@ -149,12 +175,12 @@ def _check_fit(given: dict[str, Tensor], causal: bool, n_features: int | None) -
     n_features = size if n_features is None else n_features
     n_queries = t if causal or q is None or q.dim() != 4 else q.shape[1]
     d_value = 0 if v is None else v.shape[-1]
-    expected = {"q": (b, n_queries, h, size), "v": (b, t, h, d_value), "beta": (b, t, h)}
+    expected = {"q": (b, n_queries, h, size), "v": (b, t, h, d_value), "k": tuple(k.shape)}
     expected |= {"state": (b, h, n_features, d_value), "z": (b, h, n_features)}
+    gates = {name: (b, t, h, *x.shape[3:]) for name, x in given.items() if name not in expected}
+    expected = {name: shape for name, shape in (expected | gates).items() if name in given}
     for name, shape in expected.items():
-        tensor = given.get(name)
-        if tensor is None:
-            continue
+        tensor = given[name]
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; k {tuple(k.shape)} asks for {shape}")
         if tensor.device != k.device:

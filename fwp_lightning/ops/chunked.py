@@ -208,7 +208,7 @@ def _corrected(n: int, kept: _Kept) -> _Kept:
     _, k, beta, v, states, *_ = kept
     assert beta is not None
     gram = bmm(k, k.mT)
-    inverse = _unit_lower_inverse(gram * beta.mT)
+    inverse = unit_lower_inverse(gram * beta.mT)
     # not empty_like: a block that was not copied has the strides of the input
     errors, written = v.new_empty(v.shape), v.new_empty(v.shape)
     blocks = (x.chunk(n) for x in (k, k.mT, v, beta, inverse, errors, written))
@@ -221,14 +221,14 @@ def _corrected(n: int, kept: _Kept) -> _Kept:
     return kept._replace(errors=errors, gram=gram, inverse=inverse)
 
 
-def _unit_lower_inverse(A: Tensor) -> Tensor:
+def unit_lower_inverse(A: Tensor) -> Tensor:
     """Return (I + tril(A, -1))^{-1} of matrices [.., C, C]."""
     size = A.shape[-1]
     if size <= SOLVED_DIRECTLY or size % 2:
         eye = torch.eye(size, dtype=A.dtype, device=A.device).expand_as(A)
         return torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True)
     half = size // 2
-    top, bottom = _unit_lower_inverse(torch.cat([A[:, :half, :half], A[:, half:, half:]])).chunk(2)
+    top, bottom = unit_lower_inverse(torch.cat([A[:, :half, :half], A[:, half:, half:]])).chunk(2)
     inverse = torch.zeros_like(A)
     inverse[:, :half, :half] = top
     inverse[:, half:, half:] = bottom

@@ -17,22 +17,26 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def _start(k_BTHK: Tensor, v_BTHV: Tensor, state: Tensor | None) -> Tensor:
+def start(k_BTHK: Tensor, v_BTHV: Tensor, state: Tensor | None) -> Tensor:
+    """Return the state, or an empty one."""
     if state is not None:
         return state
     b, _, h, n_features = k_BTHK.shape
     return v_BTHV.new_zeros(b, h, n_features, v_BTHV.shape[-1])
 
 
-def _write(W: Tensor, k: Tensor, u: Tensor) -> Tensor:
+def write(W: Tensor, k: Tensor, u: Tensor) -> Tensor:
+    """Return ``W + k (x) u``."""
     return W + k.unsqueeze(-1) * u.unsqueeze(-2)
 
 
-def _read(W: Tensor, q: Tensor) -> Tensor:
+def read(W: Tensor, q: Tensor) -> Tensor:
+    """Return ``W^T q``, ``[B, H, V]``."""
     return torch.einsum("bhk,bhkv->bhv", q, W)
 
 
-def _stack(outputs: list[Tensor], like: Tensor) -> Tensor:
+def stack(outputs: list[Tensor], like: Tensor) -> Tensor:
+    """Return outputs of the steps as one tensor; of no steps, one as empty as ``like``."""
     return torch.stack(outputs, dim=1) if outputs else torch.zeros_like(like)
 
 
@@ -44,18 +48,18 @@ def sum_rule(
 
     ``causal=False`` reads every query from the last state, as an encoder does.
     """
-    W = _start(k, v, state)
+    W = start(k, v, state)
     outputs = []
     queries = q.unbind(1) if q is not None and causal else [None] * k.shape[1]
     for q_t, k_t, v_t in zip(queries, k.unbind(1), v.unbind(1), strict=True):
-        W = _write(W, k_t, v_t)
+        W = write(W, k_t, v_t)
         if q_t is not None:
-            outputs.append(_read(W, q_t))
+            outputs.append(read(W, q_t))
     if q is None:
         return None, W
     if not causal:
         return torch.einsum("bthk,bhkv->bthv", q, W), W
-    return _stack(outputs, v), W
+    return stack(outputs, v), W
 
 
 @without_autocast
@@ -63,14 +67,14 @@ def delta_rule(
     q: Tensor | None, k: Tensor, v: Tensor, beta: Tensor, state: Tensor | None
 ) -> tuple[Tensor | None, Tensor]:
     """W_t = W_{t-1} + k_t (x) beta_t (v_t - W_{t-1}^T k_t); o_t = W_t^T q_t (eqs. 20-25)."""
-    W = _start(k, v, state)
+    W = start(k, v, state)
     outputs = []
     queries = q.unbind(1) if q is not None else [None] * k.shape[1]
     for q_t, k_t, v_t, beta_t in zip(queries, k.unbind(1), v.unbind(1), beta.unbind(1), strict=True):
-        W = _write(W, k_t, beta_t.unsqueeze(-1) * (v_t - _read(W, k_t)))
+        W = write(W, k_t, beta_t.unsqueeze(-1) * (v_t - read(W, k_t)))
         if q_t is not None:
-            outputs.append(_read(W, q_t))
-    return (None if q is None else _stack(outputs, v)), W
+            outputs.append(read(W, q_t))
+    return (None if q is None else stack(outputs, v)), W
 
 
 @without_autocast
@@ -82,14 +86,14 @@ def fwm_rule(
     The first write into an empty memory (``state=None``) is not rescaled, as in the released code; a memory that is
     carried in is no longer empty, so that splitting a sequence changes nothing.
     """
-    W = _start(k, v, state)
+    W = start(k, v, state)
     outputs = []
     queries = q.unbind(1) if q is not None else [None] * k.shape[1]
     for t, (q_t, k_t, v_t, beta_t) in enumerate(zip(queries, k.unbind(1), v.unbind(1), beta.unbind(1), strict=True)):
-        W = _write(W, k_t, beta_t.unsqueeze(-1) * (v_t - _read(W, k_t)))
+        W = write(W, k_t, beta_t.unsqueeze(-1) * (v_t - read(W, k_t)))
         if t > 0 or state is not None:
             norm = W.flatten(2).norm(dim=-1)
             W = W / norm.clamp(min=1)[..., None, None]
         if q_t is not None:
-            outputs.append(_read(W, q_t))
-    return (None if q is None else _stack(outputs, v)), W
+            outputs.append(read(W, q_t))
+    return (None if q is None else stack(outputs, v)), W

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-import torch
 from fairseq.incremental_decoding_utils import with_incremental_state
 from torch import Tensor, nn
 
@@ -37,14 +36,17 @@ class RegistryAttention(nn.Module):
             raise ValueError(f"{embed_dim} dimensions do not divide by {num_heads} attention heads")
         self.place = place
         self.num_heads, self.head_dim = num_heads, embed_dim // num_heads
-        self.memory = FastWeightMemory(config, self.head_dim)
+        self.memory = FastWeightMemory(config, self.head_dim, n_heads=num_heads)
+        pairs = self.memory.rule.pairs
         self._check_place()
         source_dim = source_dim or embed_dim
         self.q_proj = nn.Linear(embed_dim, embed_dim)
-        self.k_proj = nn.Linear(source_dim, embed_dim)
-        self.v_proj = nn.Linear(source_dim, embed_dim)
+        self.k_proj = nn.Linear(source_dim, pairs * embed_dim)
+        self.v_proj = nn.Linear(source_dim, pairs * embed_dim)
         self.out_proj = nn.Linear(embed_dim, embed_dim)
-        self.beta_proj = nn.Linear(source_dim, num_heads, bias=False) if self.memory.rule.uses_beta else None
+        for gate in self.memory.rule.gates:
+            width = pairs * num_heads * gate.width(self.head_dim)
+            setattr(self, f"{gate.name}_proj", nn.Linear(source_dim, width, bias=False))
         self._initialise(1 / math.sqrt(2) if source_dim == embed_dim else 1.0)
 
     def _check_place(self) -> None:
@@ -107,9 +109,18 @@ class RegistryAttention(nn.Module):
     def _heads(self, x_TBC: Tensor) -> Tensor:
         return x_TBC.transpose(0, 1).unflatten(-1, (self.num_heads, self.head_dim))
 
-    def _pairs(self, source: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        beta = None if self.beta_proj is None else torch.sigmoid(self.beta_proj(source)).transpose(0, 1)
-        return self._heads(self.k_proj(source)), self._heads(self.v_proj(source)), beta
+    def _pairs(self, source: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        gates = tuple(
+            gate.of(self._per_pair(getattr(self, f"{gate.name}_proj")(source), gate.width(self.head_dim)))
+            for gate in self.memory.rule.gates
+        )
+        k, v = (self._per_pair(projection(source), self.head_dim) for projection in (self.k_proj, self.v_proj))
+        return k, v, gates
+
+    def _per_pair(self, projected: Tensor, size: int) -> Tensor:
+        """Return ``[T, B, n H size]`` as ``[B, n T, H, size]``: the pairs of a step one after the other."""
+        pairs = self.memory.rule.pairs
+        return projected.transpose(0, 1).unflatten(-1, (pairs, self.num_heads, size)).flatten(1, 2)
 
     def _source_memory(
         self, source: Tensor | None, written: Tensor | None, incremental_state: IncrementalState | None

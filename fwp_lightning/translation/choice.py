@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from argparse import Namespace
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from fwp_lightning.attention.config import SIGNED_MAPS, AttentionConfig, FavorConfig
+from fwp_lightning.attention import FEATURE_MAPS, RULES
+from fwp_lightning.attention.config import AttentionConfig, FavorConfig, RuleOptions
 from fwp_lightning.registry import did_you_mean
 
 Place = Literal["encoder", "decoder", "cross"]
 NonCausal = Literal["sum", "softmax", "refuse"]
 PLACES: tuple[Place, ...] = get_args(Place)
-# what a rule goes with unless the user says otherwise: the paper's Linear Transformer, its Delta Network, FWM
-OF_RULE: dict[str, dict[str, str]] = {
-    "softmax": {"feature_map": "identity"},
-    "sum": {"feature_map": "elu", "attention_norm": "readout"},
-    "delta": {"feature_map": "elu", "phi_norm": "sum"},
-    "fwm": {"feature_map": "tanh"},
-}
 # an accumulated sum of features can be 0
 EPS = {"key_norm_eps": 1e-6, "query_norm_eps": 1e-6}
 PREFIX = "fwp_"
@@ -67,7 +62,9 @@ class TranslationAttention:
             )
         if self.noncausal == "softmax":
             return None
-        return dataclasses.replace(self.attention, rule="sum", phi_norm="none", attention_norm="readout")
+        return dataclasses.replace(
+            self.attention, rule="sum", phi_norm="none", attention_norm="readout", rule_options=None
+        )
 
     def check(self) -> None:
         """Raise ``ValueError`` for a place that cannot have the rule."""
@@ -76,8 +73,6 @@ class TranslationAttention:
 
     @property
     def _writes_in_an_order(self) -> bool:
-        from fwp_lightning.attention import RULES
-
         return RULES[self.attention.rule].causal_only
 
 
@@ -87,16 +82,20 @@ def _places(name: str) -> str:
 
 def default_choice(rule: str) -> TranslationAttention:
     """Return the attention that the architectures of a rule have."""
-    attention = AttentionConfig(rule=rule, **OF_RULE.get(rule, {}), **EPS)  # type: ignore[arg-type]
+    attention = AttentionConfig(rule=rule, **RULES[rule].goes_with, **EPS)  # type: ignore[arg-type]
     # features of both signs have no normalised read-out, which the sum rule needs in a place that reads whole sentences
-    return TranslationAttention(attention, noncausal="softmax" if attention.feature_map in SIGNED_MAPS else "sum")
+    signed = FEATURE_MAPS[attention.feature_map].signed
+    return TranslationAttention(attention, noncausal="softmax" if signed else "sum")
 
 
 def flatten(choice: TranslationAttention) -> dict[str, Any]:
     """Return the choice as fairseq's flat arguments: fwp_rule, fwp_nu, fwp_favor_scaling, fwp_replaced, ..."""
     flat: dict[str, Any] = {}
     for name, value in dataclasses.asdict(choice.attention).items():
-        if isinstance(value, dict):
+        if name == "rule_options":
+            # a rule's own numbers have no options of their own on fairseq's command lines
+            flat[PREFIX + name] = "" if value is None else json.dumps(value)
+        elif isinstance(value, dict):
             flat |= {f"{PREFIX}{name}_{inner}": item for inner, item in value.items()}
         else:
             flat[PREFIX + name] = value
@@ -111,5 +110,18 @@ def from_arguments(arguments: Namespace | Any) -> TranslationAttention:
         return {name: value for name, value in found.items() if value is not None}
 
     favor = FavorConfig(**values(FavorConfig, f"{PREFIX}favor_"))
-    attention = AttentionConfig(**values(AttentionConfig, PREFIX), favor=favor)
+    axes = values(AttentionConfig, PREFIX)
+    attention = AttentionConfig(**{**axes, "rule_options": _options(axes)}, favor=favor)
     return TranslationAttention(attention, **values(TranslationAttention, PREFIX))
+
+
+def _options(axes: dict[str, Any]) -> RuleOptions | None:
+    """Return a rule's own numbers from their JSON, None for its defaults."""
+    text, rule = axes.get("rule_options"), axes.get("rule", AttentionConfig.rule)
+    kind = RULES[rule].Options
+    if not text:
+        return None
+    try:
+        return kind(**json.loads(text)) if kind else None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--fwp-rule-options {text}: {error}; give JSON of the numbers of {kind}") from error
