@@ -461,7 +461,7 @@ def server(root: Path, port: int, store: str | None = None) -> Iterator[subproce
     with (root / "server.log").open("ab") as log:
         process = subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
-        wait_for(lambda: answers(port), 120)
+        wait_for(lambda: answers(port), 300)
         yield process
     finally:
         with contextlib.suppress(ProcessLookupError):

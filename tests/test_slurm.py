@@ -20,14 +20,16 @@ from conftest import TESTS, ToyProject
 
 from fwp_lightning.results import read_points, read_store
 from fwp_lightning.slurm import Queue, read_job
-from fwp_lightning.tracking import open_store
+from fwp_lightning.sweep.training import Circumstances, train_run
+from fwp_lightning.sweep.workers import prepare_torch
+from fwp_lightning.tracking import Origin, open_store
 
 CLUSTER = TESTS / "slurm" / "cluster"
 PATH = "/usr/sbin:/usr/bin"
 MISSING = [name for name in ("sbatch", "slurmctld", "slurmd", "munged") if not shutil.which(name, path=PATH)]
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1500),
     pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)} here; run: tests/slurm/cluster install"),
     pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="submitit is not installed"),
 ]
@@ -42,7 +44,7 @@ rows:
 protocols: {corrected: {version: 1, statistic: best}}
 # as figure2's smoke runs, but long enough to be interrupted
 profiles:
-  smoke: {set: {model.max_steps: 6000, model.stop_loss: 0, model.patience: 1000, model.compute: plain, data.n_keys: 20}}
+  smoke: {set: {model.max_steps: 3000, model.stop_loss: 0, model.patience: 1000, model.compute: plain, data.n_keys: 20}}
 """
 
 
@@ -73,7 +75,7 @@ def project(_cluster: None, tracked: ToyProject) -> ToyProject:
 SWEEP = ("sweep", "--executor", "slurm", "--slurm-mem", "700M", "--slurm-time", "10", "--checkpoint-seconds", "0.5")
 
 
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = 150.0) -> None:
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 400.0) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, f"waited in vain for {what}"
@@ -99,14 +101,21 @@ def runs_in_store(client: Any) -> int:
 
 
 def undisturbed(tmp_path: Path, runs: list[Any], empty_store: Path) -> dict[str, list[Any]]:
-    """The points of the same runs, trained by worker processes and left alone."""
+    """The points of the same runs, trained here and left alone."""
     twin = ToyProject(tmp_path / "twin")
     shutil.copy(empty_store, twin.root / "mlflow.db")
-    shutil.copy(TESTS.parent / "experiments" / "base" / "retrieval.yaml", twin.root / "experiments" / "base")
-    twin.write("retrieval", RETRIEVAL)
-    done = twin.fwp("sweep", "retrieval", "--jobs", "2")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return {run.run_key: curve(open_store(twin.project), run) for run in runs}
+    client = open_store(twin.project)
+    prepare_torch()
+    for run in runs:
+        assert train_run(run, client, Circumstances(twin.project, Origin())).status == "complete"
+    return {run.run_key: curve(client, run) for run in runs}
+
+
+def call(project: ToyProject, *arguments: str) -> tuple[int, str]:
+    """Run `fwp` to its end; return its exit code and all it said."""
+    process = project.start(*arguments)
+    said, _ = process.communicate(timeout=600)
+    return process.returncode, said
 
 
 def test_preempted_tasks_go_on_in_the_same_run_and_end_as_undisturbed_ones(
@@ -125,13 +134,13 @@ def test_preempted_tasks_go_on_in_the_same_run_and_end_as_undisturbed_ones(
     scontrol("requeue", jobs[1])
     for job in jobs:
         wait_for(lambda job=job: state_of(job) == "PENDING", f"job {job} to be queued again")
-    status = project.fwp("status", "retrieval").stdout
+    _, status = call(project, "status", "retrieval")
     assert "queued" in status
     assert [line.split()[-1] for line in status.splitlines()[1:]] == ["1", "1"]
     # SLURM lets a job that was queued again wait for two minutes
     for job in jobs:
         scontrol("update", f"JobId={job}", "StartTime=now")
-    said, _ = process.communicate(timeout=300)
+    said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said
     assert [line.split()[4] for line in said.splitlines() if line.startswith("retrieval ")] == ["1/1", "1/1"]
     assert {run.run_id for run in read_store(client)} == begun
@@ -150,9 +159,9 @@ def test_preempted_tasks_go_on_in_the_same_run_and_end_as_undisturbed_ones(
 
 def test_a_failed_job_is_failed_with_its_traceback_and_stops_nothing(project: ToyProject, client: Any) -> None:
     project.edit("toy", "plain: {}", "plain: {model.fail_at: 3}")
-    done = project.fwp(SWEEP[0], "toy", *SWEEP[1:], "--points", "n_keys=2", "--rows", "plain,tanh")
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "failed: toy/plain/n_keys=2/seed1: RuntimeError: the toy was told to fail" in done.stdout
+    code, said = call(project, SWEEP[0], "toy", *SWEEP[1:], "--points", "n_keys=2", "--rows", "plain,tanh")
+    assert code == 1, said
+    assert "failed: toy/plain/n_keys=2/seed1: RuntimeError: the toy was told to fail" in said
     stored = {run.tags["row"]: run for run in read_store(client)}
     assert {row: run.status for row, run in stored.items()} == {"plain": "FAILED", "tanh": "FINISHED"}
     text = Path(client.download_artifacts(stored["plain"].run_id, "traceback.txt")).read_text(encoding="utf-8")
@@ -166,20 +175,20 @@ def test_jobs_outlive_ctrl_c_are_watched_again_and_can_be_cancelled(project: Toy
     runs = {run.row: run for run in project.runs() if run.point == "n_keys=2" and run.row in ("plain", "tanh")}
     wait_for(lambda: all((project.project.runs / run.run_key / "last.ckpt").exists() for run in runs.values()), "work")
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=200)
     assert process.returncode == 130, said
     jobs = {row: read_job(project.project, run.run_key).id for row, run in runs.items()}
     assert f"scancel {jobs['plain'].partition('_')[0]}" in said
     assert {state_of(job) for job in jobs.values()} == {"RUNNING"}
     subprocess.run(["scancel", jobs["tanh"]], check=True)
     # the same command submits nothing that is in the queue
-    done = project.fwp(*arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, said = call(project, *arguments)
+    assert code == 0, said
     assert runs_in_store(client) == 2
     assert {run.tags["row"]: run.outcome for run in read_store(client)}["plain"] == "complete"
     assert read_job(project.project, runs["plain"].run_key).id == jobs["plain"]
-    done = project.fwp(*arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, said = call(project, *arguments)
+    assert code == 0, said
     assert {run.outcome for run in read_store(client)} == {"complete"}
     assert runs_in_store(client) == 2
 
@@ -191,15 +200,40 @@ def test_a_job_that_dies_is_reported_with_its_output(project: ToyProject, client
     wait_for(lambda: (project.project.runs / run.run_key / "last.ckpt").exists(), "work")
     job = read_job(project.project, run.run_key)
     subprocess.run(["scancel", "--signal=KILL", "--full", job.id], check=True)
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=600)
     assert process.returncode == 1, said
     assert f"job {job.id}: it died; its output is in {job.log}" in said
     assert read_store(client)[0].status == "KILLED"
 
 
+def test_a_run_longer_than_the_time_limit_is_done_in_several_goes(project: ToyProject, client: Any) -> None:
+    # two and a half minutes, with a limit of two
+    project.edit("base/toy", "seconds_per_step: 0.0", "seconds_per_step: 5.0")
+    process = project.start(
+        *("sweep", "toy", "--executor", "slurm", "--slurm-time", "2", "--slurm-grace", "30"),
+        *("--checkpoint-seconds", "0.5", "--points", "n_keys=2", "--rows", "plain"),
+    )
+    (run,) = (run for run in project.runs(rows=["plain"]) if run.point == "n_keys=2")
+    waited = 0
+    while process.poll() is None:
+        time.sleep(1)
+        job = read_job(project.project, run.run_key)
+        if job and state_of(job.id) == "PENDING" and time.monotonic() > waited:
+            # it may not start before the former processes are gone
+            scontrol("update", f"JobId={job.id}", "StartTime=now")
+            waited = time.monotonic() + 20
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    assert len(curve(client, run)) == 12
+    assert runs_in_store(client) == 1
+    log = Path(read_job(project.project, run.run_key).log).with_suffix(".out").read_text(encoding="utf-8")
+    assert log.count("Starting with") >= 2
+    assert log.count("complete: toy/plain/n_keys=2/seed1") == 1
+
+
 def test_what_slurm_refuses_is_one_sentence(project: ToyProject) -> None:
-    done = project.fwp("sweep", "toy", "--executor", "slurm", "--slurm-partition", "nowhere")
-    assert done.returncode == 2
-    assert "SLURM took no job" in done.stderr
-    assert "partition" in done.stderr
-    assert "Traceback" not in done.stderr
+    code, said = call(project, "sweep", "toy", "--executor", "slurm", "--slurm-partition", "nowhere")
+    assert code == 2
+    assert "fwp: error: SLURM took no job: " in said
+    assert "partition" in said
+    assert "Traceback" not in said

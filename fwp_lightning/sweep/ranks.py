@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # the others have nothing left to do but to end once the first process has
 END_SECONDS = 30.0
 READY = "ready"
+NOT_FOR_OTHERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Ranks(LightningEnvironment):
@@ -111,12 +112,14 @@ def other_processes(run: Run, trainer: Trainer, ranks: Ranks, settings: Settings
     others: list[tuple[Any, Connection]] = []
     patience = 0.0
     try:
-        for rank in range(1, trainer.world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=follow, args=(theirs, run, settings, rank, ranks.main_port), daemon=True)
-            process.start()
-            theirs.close()
-            others.append((process, ours))
+        with _blocked_signals():
+            for rank in range(1, trainer.world_size):
+                ours, theirs = context.Pipe()
+                arguments = (theirs, run, settings, rank, ranks.main_port)
+                process = context.Process(target=follow, args=arguments, daemon=True)
+                process.start()
+                theirs.close()
+                others.append((process, ours))
         for _, connection in others:
             # one that fails before the processes meet would be waited for without end
             _await_ready(connection)
@@ -140,6 +143,16 @@ def other_processes(run: Run, trainer: Trainer, ranks: Ranks, settings: Settings
             torch.distributed.destroy_process_group()
 
 
+@contextlib.contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Let processes be born deaf to the signals that are meant for the first one, which hears them afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_OTHERS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _await_ready(connection: Connection) -> None:
     try:
         said = connection.recv()
@@ -159,7 +172,7 @@ def _last_words(connection: Connection) -> str:
 
 def follow(connection: Connection, run: Run, settings: Settings, rank: int, port: int) -> None:
     """Train as process ``rank`` of a run; the first process decides when to stop."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in NOT_FOR_OTHERS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
     from fwp_lightning.sweep.training import Circumstances, first_cause, fit, quiet_lightning
