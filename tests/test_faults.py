@@ -43,6 +43,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
 KILLS = int(os.environ.get("FAULTS", "30"))
 SEED = int(os.environ.get("FAULT_SEED", "1"))
+LANES = 3
 SUMMARIES = ("final/valid_loss", "best/valid_loss", "final/step", "best/step", "steps", "tokens")
 PAUSE = "seconds_per_step: 0.02"
 Wait = Callable[[], bool]
@@ -124,6 +125,11 @@ class Counts:
     lost: list[str] = field(default_factory=list)
     duplicated: list[str] = field(default_factory=list)
     falsified: list[str] = field(default_factory=list)
+
+    def add(self, other: Counts) -> None:
+        self.lost += other.lost
+        self.duplicated += other.duplicated
+        self.falsified += other.falsified
 
     def say(self, capsys: pytest.CaptureFixture[str], head: str, runs: int) -> None:
         with capsys.disabled():
@@ -225,37 +231,65 @@ def behind_checkpoints(toy: ToyProject) -> list[str]:
 # --- kill -9 ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Lane:
+    """A project whose sweep is killed again and again; when all is complete it goes on with further seeds."""
+
+    toy: ToyProject
+    seeds: list[int] = field(default_factory=lambda: [1])
+
+    @property
+    def runs(self) -> Sequence[Any]:
+        return self.toy.runs(seeds=self.seeds)
+
+    def start(self) -> int:
+        return fork(self.toy, lambda: sweep(self.toy, self.runs))
+
+    def kill(self, pid: int) -> bool:
+        os.kill(pid, signal.SIGKILL)
+        if end_of(pid) == -signal.SIGKILL:
+            return True
+        self.seeds.append(self.seeds[-1] + 1)
+        return False
+
+
 def test_kill_9_at_random_moments(
     tracked: ToyProject, tmp_path: Path, empty_store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tracked.edit("base/toy", "seconds_per_step: 0.0", PAUSE)
+    # runs wait most of the time, so that several sweeps take as long as one
+    lanes = [Lane(tracked), *(Lane(ToyProject(tmp_path / f"lane{number}")) for number in range(1, LANES))]
+    for lane in lanes:
+        shutil.copy(empty_store, lane.toy.root / "mlflow.db")
+        lane.toy.edit("base/toy", "seconds_per_step: 0.0", PAUSE)
     moments = random.Random(SEED)
-    kills, seeds, missing = 0, [1], []
+    kills, missing = 0, []
     while kills < KILLS:
-        runs = tracked.runs(seeds=seeds)
-        pid = fork(tracked, lambda runs=runs: sweep(tracked, runs))
-        time.sleep(moments.uniform(0, 3.0))
-        os.kill(pid, signal.SIGKILL)
-        if end_of(pid) == -signal.SIGKILL:
-            kills += 1
-            missing += behind_checkpoints(tracked)
-        else:
-            # everything was complete: go on with further seeds
-            seeds.append(seeds[-1] + 1)
-    runs = tracked.runs(seeds=seeds)
-    finish(tracked, lambda: sweep(tracked, runs))
-    counts = audit(tracked, runs, twins_of(tmp_path, "twin", empty_store, seeds=seeds), open_store(tracked.project))
-    counts.lost += missing
-    counts.say(capsys, f"{kills} kill -9 at random moments (seed {SEED})", len(runs))
+        ends = sorted((moments.uniform(0, 3.0), number, lane.start()) for number, lane in enumerate(lanes))
+        started = time.monotonic()
+        for moment, number, pid in ends:
+            time.sleep(max(0.0, started + moment - time.monotonic()))
+            if lanes[number].kill(pid):
+                kills += 1
+                missing += behind_checkpoints(lanes[number].toy)
+    seeds = max((lane.seeds for lane in lanes), key=len)
+    twins = twins_of(tmp_path, "twin", empty_store, seeds=seeds)
+    counts, runs = Counts(lost=missing), 0
+    for lane in lanes:
+        finish(lane.toy, lambda lane=lane: sweep(lane.toy, lane.runs))
+        counts.add(audit(lane.toy, lane.runs, twins, open_store(lane.toy.project)))
+        runs += len(lane.runs)
+    counts.say(capsys, f"{kills} kill -9 at random moments (seed {SEED}) in {len(lanes)} sweeps at a time", runs)
 
 
-# where a run is most vulnerable: what is called, and whether the process ends before or behind it
+# where a run is most vulnerable: what is called, and whether the process ends before it, behind it, or with half of the
+# file written that it was to write
 POINTS: list[tuple[Any, str, str]] = [
     (tracking, "_write_atomically", "before"),
     (MlflowClient, "create_run", "after"),
     (MlflowClient, "log_batch", "after"),
     (tracking, "deliver", "before"),
     (tracking, "deliver", "after"),
+    (Trainer, "save_checkpoint", "halfway"),
     (Trainer, "save_checkpoint", "after"),
     (training, "write_checkpoint", "after"),
     (tracking.RunRecorder, "secure", "after"),
@@ -280,6 +314,9 @@ def die_at(owner: Any, name: str, when: str, number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         found = original(*arguments, **options)
         if calls[0] == number:
+            if when == "halfway":
+                path = Path(arguments[-1])
+                os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
         return found
 

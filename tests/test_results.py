@@ -253,43 +253,6 @@ def test_status_counts_the_runs_of_every_row(tracked, client, train):
     assert (plain.done, plain.diverged, plain.failed, tanh.running) == (1, 1, 1, 1)
 
 
-def test_a_thousand_runs_are_exported_in_seconds(tracked, client):
-    from sqlalchemy import insert
-
-    recorder = record(tracked, client, "a" * 16)
-    template = client.get_run(recorder.run_id)
-    fill_store(client, template, n_runs=1000, n_points=100, insert=insert)
-    started = time.monotonic()
-    assert export(client, tracked.project).exported == 1001
-    # measured 5 s on one core for 1000 runs and 100,000 points
-    assert time.monotonic() - started < 30
-
-
-def fill_store(client, template, *, n_runs, n_points, insert):
-    """Put many runs into a database at once; through the client it would take minutes."""
-    from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlMetric, SqlRun, SqlTag
-
-    store = client._tracking_client.store
-    info, tags = template.info, template.data.tags
-    runs = [f"{number:032x}" for number in range(n_runs)]
-    shared = {"experiment_id": int(info.experiment_id), "lifecycle_stage": "active", "status": "FINISHED"}
-    point = {"key": "valid/loss", "value": 0.25, "is_nan": False}
-    own = {run: {**tags, "run_key": run[-16:], "seed": str(int(run, 16) + 10)} for run in runs}
-    with store.ManagedSessionMaker() as session:
-        rows = [
-            {"run_uuid": run, "name": run, "start_time": 1, "artifact_uri": "", "user_id": "", **shared} for run in runs
-        ]
-        session.execute(insert(SqlRun), rows)
-        named = [{"run_uuid": run, "key": key, "value": own[run][key]} for run in runs for key in tags]
-        session.execute(insert(SqlTag), named)
-        steps = [(run, step) for run in runs for step in range(n_points)]
-        session.execute(
-            insert(SqlMetric), [{"run_uuid": run, "step": step, "timestamp": step, **point} for run, step in steps]
-        )
-        last = [{"run_uuid": run, "step": n_points, "timestamp": 1, **point} for run in runs]
-        session.execute(insert(SqlLatestMetric), last)
-
-
 def test_the_end_of_a_run_is_a_column_and_survives_a_late_delivery(tracked, client, monkeypatch):
     monkeypatch.setattr("fwp_lightning.tracking.time.time", lambda: 1767225600.5)
     record(tracked, client, "a" * 16)
