@@ -15,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
 
 from fwp_lightning.errors import UserError
 from fwp_lightning.experiment import CHECKPOINT_SECONDS, Project, Run, sha256_of
@@ -27,9 +28,12 @@ from fwp_lightning.sweep.training import (
     first_cause,
     publish_checkpoint,
     quiet_lightning,
+    ran_out_of_memory,
     random_state,
+    read_weights,
     set_random_state,
     steps_of,
+    why_not_weights_of,
     write_checkpoint,
     write_final,
 )
@@ -55,6 +59,7 @@ class SingleCLI(LightningCLI):
         self.project, self.origin = project, origin
         self.recorder: RunRecorder | None = None
         self.measurements: Measurements | None = None
+        self.weights: dict[str, Tensor] | None = None
         refuse = {"exit_on_error": False}
         super().__init__(
             args=arguments,
@@ -81,6 +86,13 @@ class SingleCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             raise UserError(f"{first_cause(error)}; see: fwp {args[0]} --help") from error
+        # Lightning reads the file next, and complains in many lines
+        self.checkpoint = str(self.config[args[0]].get("ckpt_path") or "")
+        if self.checkpoint and self.checkpoint not in LIGHTNING_CHECKPOINTS and ":" not in self.checkpoint:
+            try:
+                self.weights = read_weights(Path(self.checkpoint))
+            except UserError as error:
+                raise UserError(f"--ckpt_path {self.checkpoint}: {error}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return a trainer that logs to the store and saves to the folder of the run."""
@@ -101,13 +113,13 @@ class SingleCLI(LightningCLI):
 
     def _check(self, config: Any) -> None:
         """Find what cannot run before a run is recorded: the checkpoint, the model, the trainer."""
-        checkpoint = str(self._get(self.config_init, "ckpt_path", default=None) or "")
-        is_file = checkpoint and checkpoint not in LIGHTNING_CHECKPOINTS and ":" not in checkpoint
-        if is_file and not Path(checkpoint).is_file():
-            raise UserError(f"--ckpt_path {checkpoint}: there is no such file.")
         before = random_state()
-        build_on_meta(self.model, self.datamodule)
+        model = build_on_meta(self.model, self.datamodule)
         set_random_state(before)
+        if self.weights is not None and (difference := why_not_weights_of(self.weights, model)):
+            raise UserError(
+                f"--ckpt_path {self.checkpoint} is of another configuration: {difference}; see config.yaml beside it."
+            )
         self._instantiate_trainer({**config, "logger": False, "enable_checkpointing": False}, [])
 
     def _start_recorder(self) -> RunRecorder:
@@ -164,7 +176,7 @@ def run_single(arguments: list[str], project: Project, origin: Origin) -> int:
     except BaseException as error:
         if cli.recorder is not None:
             _record_failure(cli.recorder, error)
-        if isinstance(error, ValueError | MisconfigurationException):
+        if isinstance(error, ValueError | MisconfigurationException) or ran_out_of_memory(error):
             raise UserError(first_cause(error)) from error
         raise
     _record_success(cli, arguments[0])

@@ -30,8 +30,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 
-from fwp_lightning.errors import RunBusy, RunStopped, sentence_of
+from fwp_lightning.errors import RunBusy, RunStopped, UserError, sentence_of
 from fwp_lightning.experiment import CHECKPOINT_SECONDS, Config, Project, Run
 from fwp_lightning.registry import did_you_mean
 from fwp_lightning.sweep.workers import Outcome
@@ -108,18 +109,19 @@ def check_run(run: Run) -> str | None:
     return None
 
 
-def build_on_meta(task: LightningModule, datamodule: Any) -> None:
-    """Check data that can be, and build a task's model without memory and without drawing numbers.
+def build_on_meta(task: LightningModule, datamodule: Any) -> nn.Module | None:
+    """Check data that can be, and return a task's model, built without memory and without drawing numbers.
 
     So that a wrong choice, or a file that is missing or damaged, is found before anything trains.
     """
     check = getattr(datamodule, "check", None)
     if check is not None:
         check()
-    build = getattr(task, "build_model", None)
-    if build is not None:
-        with torch.device("meta"):
-            build(datamodule)
+    build: Callable[[Any], nn.Module] | None = getattr(task, "build_model", None)
+    if build is None:
+        return None
+    with torch.device("meta"):
+        return build(datamodule)
 
 
 def unknown_key(config: Config) -> str | None:
@@ -365,6 +367,34 @@ def newest_checkpoint(folder: Path) -> Path | None:
             log.warning("%s cannot be read (%s); an earlier one is taken", path, sentence_of(error)[:200])
         else:
             return path
+    return None
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return the shapes of the weights in a task's checkpoint, on the meta device; ``UserError`` for any other file."""
+    if not path.is_file():
+        raise UserError("there is no such file.")
+    try:
+        content = torch.load(path, map_location="meta", weights_only=True)
+    except Exception as error:  # a damaged file raises anything
+        raise UserError(f"it cannot be read: {sentence_of(error)[:200]}") from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        of_complete_run = isinstance(content, dict) and "weights" in content
+        what = f"a {FINAL}, which `fwp generate` reads" if of_complete_run else "no checkpoint of a task"
+        raise UserError(f"it is {what}; name a {LAST} that `fwp fit` left behind.")
+    return dict(content["state_dict"])
+
+
+def why_not_weights_of(weights: Mapping[str, torch.Tensor], model: nn.Module | None) -> str | None:
+    """Return how the weights in a checkpoint differ from those of a task's ``model``, None if they do not."""
+    if model is None:
+        return None
+    theirs = {name: tuple(x.shape) for name, x in weights.items() if name.startswith("model.")}
+    ours = {f"model.{name}": tuple(x.shape) for name, x in model.state_dict().items()}
+    for name in [*ours, *theirs]:
+        if theirs.get(name) != ours.get(name):
+            here, there = (str(list(x[name])) if name in x else "absent" for x in (ours, theirs))
+            return f"{name} is {there} in it and {here} here"
     return None
 
 

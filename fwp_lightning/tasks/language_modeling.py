@@ -191,6 +191,8 @@ class LanguageModelingTask(L.LightningModule):
     def on_fit_start(self) -> None:
         """Refuse numbers of the trainer and of the data that do not fit together."""
         check_numbers(self.trainer, self.data, self.max_steps)
+        for final in self.final_passes():
+            self.data.check_length(final.split, final.length)
 
     def on_train_start(self) -> None:
         """Bring a state that a checkpoint held to the device."""
@@ -362,11 +364,18 @@ class LanguageModelingTask(L.LightningModule):
             "best_loss": self._best_loss,
             "steps": self.steps,
             "tokens": self.tokens,
+            "data_sha256": self.data.data_sha256(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the counts, the carried state and the best weights over."""
+        """Take the counts, the carried state and the best weights over; ``ValueError`` for those of another text."""
         kept = checkpoint["language_modeling"]
+        theirs, ours = kept.get("data_sha256"), self.data.data_sha256()
+        if theirs not in (None, ours):
+            raise ValueError(
+                f"the checkpoint is of a model of another text (SHA-256 {theirs[:12]}... instead of {ours[:12]}...), "
+                "whose words have other numbers; give the text that it was trained on"
+            )
         self._best, self._best_loss = kept["best"], kept["best_loss"]
         self.steps, self.tokens = kept["steps"], kept["tokens"]
         self._carried = {part: [_unpacked(layer) for layer in state] for part, state in kept["carried"].items()}
