@@ -11,7 +11,6 @@ import math
 import os
 import random
 import re
-import resource
 import time
 import traceback
 import warnings
@@ -34,6 +33,7 @@ from torch import nn
 
 from fwp_lightning.errors import RunBusy, RunStopped, UserError, sentence_of
 from fwp_lightning.experiment import CHECKPOINT_SECONDS, Config, Project, Run
+from fwp_lightning.memory import peak_memory_mb, reset_peak_memory
 from fwp_lightning.registry import did_you_mean
 from fwp_lightning.sweep.workers import Outcome
 from fwp_lightning.tracking import (
@@ -462,7 +462,7 @@ class Measurements(Callback):
             "best/step": self.best_step,
             "wall_seconds": round(self.seconds, 3),
             "steps_per_second": steps / max(self.seconds, 1e-9),
-            "peak_memory_mb": round(peak_memory_mb(trainer), 1),
+            "peak_memory_mb": round(peak_memory_mb(trainer.strategy.root_device), 1),
             "steps": steps,
             "tokens": getattr(task, "tokens", None),
         }
@@ -488,25 +488,6 @@ def describe_task(trainer: Trainer, task: LightningModule) -> dict[str, str]:
         "precision": str(trainer.precision),
         "data_sha256": str(data_sha256() if callable(data_sha256) else data_sha256),
     }
-
-
-def reset_peak_memory() -> None:
-    """Start the peak memory anew: a process trains many runs, and its peak only ever grows."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def peak_memory_mb(trainer: Trainer) -> float:
-    """Return the peak memory since ``reset_peak_memory``: of the GPU where the run is on one, else of the process."""
-    if trainer.strategy.root_device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------

@@ -15,15 +15,19 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from fwp_lightning.attention import AttentionConfig, MemoryState
+from fwp_lightning.data.corpora import KNOWN_CORPORA
 from fwp_lightning.data.wikitext import Batches, Segment, Split, WikiTextData, Windows
 from fwp_lightning.models.language_model import LanguageModel, build_language_model
 from fwp_lightning.models.transformer import Architecture
 from fwp_lightning.models.transformer_xl import TransformerXL
 from fwp_lightning.tasks.perplexity import WordPerplexity
+from fwp_lightning.tasks.updates import Update, made_up_words
 
 log = logging.getLogger(__name__)
 
 SPLITS: tuple[Split, ...] = ("valid", "test")
+# of word frequencies by rank, as WikiText-2 has among its rarer words: it decides how costly the adaptive softmax is
+WORD_EXPONENT = 1.1
 # of a compiled model: with and without a state, whole and short segments, training and each evaluation
 MOST_GRAPHS = 64
 
@@ -237,6 +241,36 @@ class LanguageModelingTask(L.LightningModule):
                 self._compiled = _compile(self.model)
             hidden, last = self._compiled(words, state)
         return hidden, last
+
+    def measurable_update(self, data: WikiTextData, device: torch.device, precision: str, devices: int) -> Update:
+        """Return an update of made-up words, of one of ``devices`` that share its streams: no corpus is needed."""
+        known = KNOWN_CORPORA.get(data.corpus)
+        n_words = data.vocabulary_size if known is None else known.vocabulary_size
+        model = build_language_model(self.architecture, self.attention, n_words).to(device).train()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=True)
+        carried: dict[int, list[Any]] = {}
+
+        def micro_batch(streams: int) -> None:
+            words = made_up_words(n_words, (streams, data.length + 1), WORD_EXPONENT).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+                hidden, state = model(words[:, :-1], carried.get(streams))
+                loss = model.words.nll(hidden.flatten(0, 1), words[:, 1:].flatten()).mean()
+            if self.context == "carried":
+                carried[streams] = [layer.detach() for layer in state]
+            loss.backward()
+
+        def step() -> None:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+
+        return Update(
+            micro_batch=micro_batch,
+            step=step,
+            sequences=max(1, data.batch_size // (data.accumulation * devices)),
+            sequence_length=data.length,
+            micro_batches=data.accumulation,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+        )
 
     # --- evaluation
 
