@@ -32,6 +32,7 @@ from fwp_lightning.bench.shapes import QUICK, SHAPES, gigaflop, shapes_for
 from fwp_lightning.cli import main
 from fwp_lightning.data.retrieval import RetrievalBlock, RetrievalData
 from fwp_lightning.experiment import Project
+from fwp_lightning.memory import needed_memory_mb
 from fwp_lightning.results_csv import BENCHMARK_COLUMNS, read_benchmarks
 from fwp_lightning.tasks.retrieval import retrieval_loss
 from fwp_lightning.tracking import Origin
@@ -207,7 +208,7 @@ def test_growth_tells_time_and_memory() -> None:
 
 
 def test_peak_memory_is_that_of_the_call() -> None:
-    found = clocks.peak_memory(lambda: torch.ones(2**24), "cpu")
+    found = needed_memory_mb(lambda: torch.ones(2**24), "cpu")
     if found is None:
         pytest.skip("this system does not say what a process needed at its peak")
     # pages of the interpreter come on top

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,12 @@ import pytest
 import torch
 
 from fwp_lightning.attention import AttentionConfig, FavorConfig
+from fwp_lightning.cli import main
 from fwp_lightning.experiment import Project, Run, load_experiment, resolve_runs
 from fwp_lightning.models.language_model import build_language_model
 from fwp_lightning.models.transformer import Architecture
+from fwp_lightning.sweep.cost import _memory_mb, measure
+from fwp_lightning.tasks.updates import Update, made_up_words
 
 PROJECT = Project(Path(__file__).resolve().parent.parent)
 TABLES = ("table2", "table3", "table4", "table5")
@@ -145,3 +150,57 @@ def test_what_changes_results_is_an_option_of_the_protocol() -> None:
         for run in runs_of(table):
             a = attention_of(run)
             assert (settings(run)["first_step"], a.output_scale, a.carried_query_gradient) == ("warm", "none", "exact")
+
+
+# --- what a run will cost ---------------------------------------------------------------------------------------------
+
+
+def test_cost_of_the_paper_profile_is_measured_without_corpus_or_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FWP_ROOT", str(PROJECT.root))
+    run = runs_of("table2", "smoke")[0]
+    config = copy.deepcopy(run.config)
+    # its vocabulary is known and nothing else of it is here
+    config["data"]["init_args"] |= {"corpus": "wikitext-103", "batch_size": 48, "accumulation": 2}
+    config["model"]["init_args"] |= {"max_steps": 3600}
+    config["model"]["init_args"]["architecture"] |= {"d_model": 16}
+    config["trainer"] |= {"accelerator": "gpu", "devices": 3, "accumulate_grad_batches": 2, "precision": "bf16-mixed"}
+    cost = measure(dataclasses.replace(run, config=config))
+    assert cost is not None
+    # three devices share 48 streams in two parts
+    assert (cost.part, cost.words) == ("", 2 * 8 * 64)
+    # 3600 updates: as many hours as an update has seconds, for each device
+    assert cost.hours == pytest.approx(3 * cost.seconds)
+    assert cost.memory_mb is not None
+    assert cost.memory_mb > 4 * 4 * V * 16 / 2**20
+    assert main(["sweep", "table2", "--dry-run", "--measure", "--rows", "Transformer"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith("Transformer, size=small: ")
+    assert "words/s" in shown[0]
+    assert "300 updates on 1: 0." in shown[0]
+    assert shown[0].endswith("measured on 8 of 16 sequences, the others are taken to cost as much")
+    assert shown[1].startswith("all runs: 0.")
+
+
+def test_a_cost_is_that_of_all_sequences() -> None:
+    def micro_batch(sequences: int) -> None:
+        torch.ones(sequences * 2**22).sum()
+
+    update = Update(micro_batch, lambda: None, sequences=20, sequence_length=5, micro_batches=3, parameters=2**18)
+    assert update.words == 300
+    memory = _memory_mb(update, 2)
+    # 4 MiB of parameters, 16 MiB for each sequence; resident memory is counted in pages, and other things live in them
+    assert memory == pytest.approx(4 + 20 * 16, rel=0.05)
+
+
+def test_made_up_words_are_as_frequent_as_their_rank_says() -> None:
+    torch.manual_seed(0)
+    words = made_up_words(1000, (100, 1000), exponent=1.1)
+    assert (int(words.min()), int(words.max())) == (0, 999)
+    weights = torch.arange(1, 1001, dtype=torch.float64).pow(-1.1)
+    expected = (weights / weights.sum())[:4]
+    # five standard deviations of a share of 100,000 draws
+    torch.testing.assert_close(
+        (words.unsqueeze(-1) == torch.arange(4)).double().mean((0, 1)), expected, rtol=0, atol=8e-3
+    )

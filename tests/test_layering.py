@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "registry": {"errors"},
     "seeding": {"errors"},
     "processor": {"errors"},
+    "memory": set(),
     "compiled": {"errors", "processor"},
     "ops": {"errors", "registry", "compiled"},
     "attention": {"errors", "registry", "seeding", "compiled", "ops"},
@@ -39,9 +40,12 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "results": {"errors", "registry", "experiment", "slurm", "tracking", "results_csv"},
     "bench": {
         *("errors", "registry", "seeding", "processor", "compiled", "ops", "attention", "models", "data", "tasks"),
-        *("generation", "experiment", "tracking", "results_csv"),
+        *("generation", "experiment", "memory", "tracking", "results_csv"),
     },
-    "sweep": {"errors", "registry", "seeding", "experiment", "slurm", "tracking", "results", "results_csv", "tasks"},
+    "sweep": {
+        *("errors", "registry", "seeding", "experiment", "slurm", "memory", "tracking", "results", "results_csv"),
+        "tasks",
+    },
     "cli": None,
     "__main__": None,
     "__init__": {"attention", "ops"},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import csv
+import gzip
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from fwp_lightning.cli import main
 from fwp_lightning.results import read_points, read_store
@@ -170,6 +173,9 @@ profiles:
            evaluation_batch_size: 2}}}
   # the same training under another key
   short: {set: *small}
+  paper: {set: {
+    <<: *small,
+    data: {corpus: folder, length: 16, batch_size: 4, accumulation: 2, steps_per_block: 10, evaluation_batch_size: 2}}}
 """
 
 
@@ -219,3 +225,110 @@ def test_a_model_that_is_killed_within_a_block_ends_bit_for_bit_as_one_that_is_n
     for name, weights in undisturbed.items():
         assert torch.equal(ours[name], weights), name
     assert points(client, run) == points(client, twin)
+
+
+# --- what a user may get wrong ----------------------------------------------------------------------------------------
+
+EVERY = " ".join(f"w{i}" for i in range(30))
+SOME = " ".join(f"w{i % 30}" for i in range(40))
+GOOD = {"train.txt": f"{EVERY}\n" * 10, "valid.txt": SOME, "test.txt": SOME}
+
+
+def write(folder: Path, files: dict[str, str | bytes]) -> Path:
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def the_error(capsys: pytest.CaptureFixture[str]) -> str:
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert error.startswith("fwp: error: ")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"valid.txt": None}, "has no valid.txt"),
+        (
+            {"train.txt": None, "train.txt.gz": gzip.compress(SOME.encode())[:-9]},
+            "train.txt.gz is truncated or damaged",
+        ),
+        ({"train.txt": f"{EVERY}\n" + "\n" * 500}, "500 of 501 lines are empty, and each would count as a token"),
+        ({"test.txt": f"{SOME}\nw1 zebra w2 yak\n"}, "test.txt, line 2: the word 'zebra' is not in the training text"),
+        ({"train.txt": EVERY}, "the train text is too short: its 31 tokens make 4 streams of 7"),
+        ({"valid.txt": "w1 w2 " * 15}, "the valid text is too short: its 31 tokens make 2 streams of 15"),
+        ({"test.txt": "w1 w2"}, "the test text is too short: its 3 tokens make one stream, and a segment with its"),
+    ],
+    ids=["missing", "truncated", "empty lines", "unknown word", "short train", "short valid", "short test"],
+)
+def test_a_text_that_cannot_be_used_is_one_sentence_before_anything_trains(
+    files: dict[str, Any], said: str, language: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write(tmp_path / "text", {name: text for name, text in {**GOOD, **files}.items() if text is not None})
+    arguments = ["sweep", "language", "--profile", "paper", "--rows", "Delta Network", "--data", str(folder)]
+    assert main([*arguments, "--dry-run"]) == 2
+    assert said in the_error(capsys)
+    assert not (language.root / "runs").exists()
+
+
+def test_a_text_that_is_not_the_corpus_it_is_called_is_one_sentence(
+    language: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    language.edit("language", "corpus: folder", "corpus: wikitext-2")
+    arguments = ["--profile", "paper", "--rows", "Delta Network", "--data", str(write(tmp_path / "text", GOOD))]
+    assert main(["sweep", "language", "--dry-run", *arguments]) == 2
+    assert "train has 310 tokens in 10 lines, WikiText-2 has 2,088,628 in 36,718; fetch it with" in the_error(capsys)
+
+
+def test_a_checkpoint_of_something_else_is_one_sentence(
+    language: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run,) = language.runs("language", profile="paper", rows=["Delta Network"])
+    run.config["data"]["init_args"]["directory"] = str(write(tmp_path / "text", GOOD))
+    run.config["model"]["init_args"]["max_steps"] = 20
+
+    def config(name: str, model: dict[str, Any] | None = None, directory: Path | None = None) -> str:
+        changed = copy.deepcopy(run.config)
+        changed["model"]["init_args"]["architecture"] |= model or {}
+        changed["data"]["init_args"] |= {"directory": str(directory)} if directory else {}
+        (tmp_path / name).write_text(yaml.safe_dump(changed), encoding="utf-8")
+        return str(tmp_path / name)
+
+    assert main(["fit", "--config", config("fitted.yaml")]) == 0
+    (last,) = (language.root / "runs").glob("*/last.ckpt")
+    assert main(["test", "--config", config("fitted.yaml"), "--ckpt_path", str(last)]) == 0
+    capsys.readouterr()
+
+    def said(command: str, name: str, checkpoint: Path, **changes: Any) -> str:
+        assert main([command, "--config", config(name, **changes), "--ckpt_path", str(checkpoint)]) == 2
+        return the_error(capsys)
+
+    wider = said("validate", "wider.yaml", last, model={"d_model": 32})
+    assert "is of another configuration: model.words.weight is [31, 16] in it and [31, 32] here" in wider
+    deeper = said("test", "deeper.yaml", last, model={"n_layers": 3})
+    assert "model.blocks.2.attention.W_q.weight is absent in it and [16, 16] here" in deeper
+    final = said("test", "fitted.yaml", last.with_name("final.ckpt"))
+    assert "it is a final.ckpt, which `fwp generate` reads; name a last.ckpt that `fwp fit` left behind" in final
+    (tmp_path / "damaged.ckpt").write_bytes(last.read_bytes()[:1000])
+    assert "damaged.ckpt: it " in said("test", "fitted.yaml", tmp_path / "damaged.ckpt")
+    # as many words, but others
+    other = write(tmp_path / "other", {name: text.replace("w1 ", "v1 ") for name, text in GOOD.items()})
+    changed = said("test", "other.yaml", last, directory=other)
+    assert "the checkpoint is of a model of another text" in changed
+
+    def run_out(self: LanguageModelingTask, *arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(LanguageModelingTask, "training_step", run_out)
+    assert main(["fit", "--config", config("fitted.yaml")]) == 2
+    assert "memory ran out (it asked for 2.00 GiB); lower data.batch_size" in the_error(capsys)
+
+
+def test_a_language_model_that_explodes_is_recorded_as_diverged(train: Callable[..., Any], language: Any) -> None:
+    language.edit("language", "model.lr: 1e-2", "model.lr: 1e30")
+    outcome = train(language.runs("language", rows=["Delta Network"])[0])
+    assert outcome.status == "diverged"
+    assert outcome.message == "the training loss is nan in the block before step 10"

@@ -548,8 +548,13 @@ def test_cost_of_the_paper_profile_is_measured_without_corpus_or_gpu(capsys: pyt
     assert 0 < cost.seconds < 60
     # 3600 updates: as many hours as an update has seconds, for each device
     assert f"{64 * cost.seconds:,.1f} " in cost.sentence()
+    # weights, gradients and two moments of the smoke model, at least
+    assert cost.memory_mb is not None
+    assert cost.memory_mb > 1
     assert main(["sweep", "table1", "--dry-run", "--measure", "--rows", "Linear"]) == 0
-    assert "200 updates on 1: 0." in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "subwords/s" in shown
+    assert "200 updates on 1: 0." in shown
     assert main(["sweep", "table1", "--measure"]) == 2
     assert "belongs to --dry-run" in capsys.readouterr().err
 

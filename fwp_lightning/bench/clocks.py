@@ -1,13 +1,10 @@
-"""Clocks: what a call costs in processor time, in wall time, in time of a GPU, and in memory; calls take turns."""
+"""Clocks: what a call costs in processor time, in wall time, and in time of a GPU; calls take turns."""
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -110,35 +107,3 @@ def interleaved(functions: Mapping[str, Function], clock: Clock, rounds: int) ->
 def spread_of(seconds: list[float]) -> Spread:
     """Return median, least, most and number of some measurements."""
     return Spread(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
-
-
-# --- memory ----------------------------------------------------------------------------------------------------------
-
-
-def peak_memory(function: Function, device: str) -> float | None:
-    """Return the MiB that a call needs at its peak beyond what was there; None where the system does not say.
-
-    On a CPU that is resident memory as Linux counts it, the kernels' own buffers included.
-    """
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        torch.cuda.synchronize()
-        return float(torch.cuda.max_memory_allocated() - before) / 2**20
-    try:
-        # what was freed goes back to the system, or it would be used again unseen
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        resident = _kibibytes("VmRSS")
-        function()
-        return (_kibibytes("VmHWM") - resident) / 1024
-    except (OSError, AttributeError, LookupError):
-        return None
-
-
-def _kibibytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return int(dict(line.split(":", 1) for line in lines)[name].split()[0])

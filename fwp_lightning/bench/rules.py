@@ -13,10 +13,11 @@ from torch import Tensor
 from fwp_lightning import ops
 from fwp_lightning.attention import AttentionConfig, FastWeightMemory
 from fwp_lightning.bench.candidates import Call, Candidate, backends, call_of, disagreement, draw_inputs
-from fwp_lightning.bench.clocks import CPU, WALL, Clock, CudaClock, Function, GraphClock, interleaved, peak_memory
+from fwp_lightning.bench.clocks import CPU, WALL, Clock, CudaClock, Function, GraphClock, interleaved
 from fwp_lightning.bench.peers import Tell, peers_of
 from fwp_lightning.bench.records import Group, Measurement
 from fwp_lightning.bench.shapes import FUSED, LENGTHS, NU, QUICK, Shape, gigaflop, growing
+from fwp_lightning.memory import needed_memory_mb
 
 RULES = ("sum", "delta")
 PASSES = ("forward", "forward+backward")
@@ -220,7 +221,7 @@ def measure_growth(settings: Settings) -> Iterator[Result]:
             functions: dict[str, Function] = {call.candidate.name: call.both for call in calls}
             spreads = interleaved(functions, clock, min(3, settings.rounds))
             left |= {name for name, spread in spreads.items() if spread.median > LONGEST_CALL}
-            memory = {name: peak_memory(function, settings.device) for name, function in functions.items()}
+            memory = {name: needed_memory_mb(function, settings.device) for name, function in functions.items()}
             work = {call.candidate.name: gigaflop("delta", shape, PASSES[1]) for call in calls if call.candidate.counts}
             group = Group("growth", "delta", str(shape), "float32", 1, clock.name, PASSES[1])
             yield group, [Measurement(name, spreads[name], work.get(name), memory[name]) for name in functions]

@@ -178,6 +178,12 @@ class WikiTextData(L.LightningDataModule):
         self._check_parts(self._world_size)
         self._stream_length("train", self.batch_size, self.length)
         self._stream_length("valid", self.evaluation_batch_size, self.length)
+        # found now, not after the training
+        self.check_length("test", self.length)
+
+    def check_length(self, split: Split, length: int) -> None:
+        """Raise ``UserError`` where a split is too short to be scored in segments or windows of ``length``."""
+        self._stream_length(split, 1, length)
 
     # --- training
 

@@ -136,17 +136,22 @@ def show_plan(runs: Iterable[Run], project: Project, jobs: int | None, imports: 
     out.print(f"{plan.sentence()}: {cost}", markup=False)
 
 
-def show_costs(runs: Iterable[Run], imports: Iterable[str] = ()) -> None:
+def show_costs(runs: Sequence[Run], imports: Iterable[str] = ()) -> None:
     """Time an update of every row on this machine and print what its runs will take; neither data nor GPU is needed."""
-    from fwp_lightning.sweep.cost import measure
+    from fwp_lightning.sweep.cost import measure, name_of, total_of
 
     for name in imports:
         import_file(name)
     out = console()
-    for run in rows_to_check(runs):
+    costs = []
+    for (experiment, _), run in {(run.experiment, name_of(run)): run for run in runs}.items():
         cost = measure(run)
-        said = cost.sentence() if cost else f"{run.row}: an update of this task is not measured without its data"
-        out.print(said, markup=False, soft_wrap=True)
+        if cost is None:
+            out.print(f"{experiment}: an update of this task is not measured without its data", markup=False)
+            return
+        costs.append(cost)
+        out.print(cost.sentence(), markup=False, soft_wrap=True)
+    out.print(total_of(costs, runs), markup=False, soft_wrap=True)
 
 
 def run_sweep(

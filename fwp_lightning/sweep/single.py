@@ -17,6 +17,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
 
 from fwp_lightning.errors import UserError
 from fwp_lightning.experiment import CHECKPOINT_SECONDS, Project, Run, sha256_of
@@ -28,12 +29,14 @@ from fwp_lightning.sweep.training import (
     build_on_meta,
     divergence_of,
     first_cause,
-    problem_of_checkpoint,
     publish_checkpoint,
     quiet_lightning,
+    ran_out_of_memory,
     random_state,
+    read_weights,
     set_random_state,
     steps_of,
+    why_not_weights_of,
     write_checkpoint,
     write_final,
 )
@@ -61,6 +64,7 @@ class SingleCLI(LightningCLI):
         self.project, self.origin = project, origin
         self.recorder: RunRecorder | None = None
         self.measurements: Measurements | None = None
+        self.weights: dict[str, Tensor] | None = None
         refuse = {"exit_on_error": False}
         super().__init__(
             args=arguments,
@@ -91,16 +95,13 @@ class SingleCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             raise UserError(f"{first_cause(error)}; see: fwp {args[0]} --help") from error
-
-    def _parse_ckpt_path(self) -> None:
-        """Refuse a checkpoint that cannot be read before Lightning looks into it for options."""
-        checkpoint = str(self.config[self.config["subcommand"]].get("ckpt_path") or "")
-        if checkpoint and checkpoint not in LIGHTNING_CHECKPOINTS:
-            if not Path(checkpoint).is_file():
-                raise UserError(f"--ckpt_path {checkpoint}: there is no such file.")
-            if problem := problem_of_checkpoint(Path(checkpoint)):
-                raise UserError(f"--ckpt_path {checkpoint}: {problem}.")
-        super()._parse_ckpt_path()
+        # Lightning reads the file next, and complains in many lines
+        self.checkpoint = str(self.config[args[0]].get("ckpt_path") or "")
+        if self.checkpoint and self.checkpoint not in LIGHTNING_CHECKPOINTS and ":" not in self.checkpoint:
+            try:
+                self.weights = read_weights(Path(self.checkpoint))
+            except UserError as error:
+                raise UserError(f"--ckpt_path {self.checkpoint}: {error}.") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return a trainer that logs to the store and saves to the folder of the run."""
@@ -120,10 +121,14 @@ class SingleCLI(LightningCLI):
         return self._instantiate_trainer({**config, **own, **kwargs}, callbacks)
 
     def _check(self, config: Any) -> None:
-        """Find what cannot run before a run is recorded: the model, the trainer."""
+        """Find what cannot run before a run is recorded: the checkpoint, the model, the trainer."""
         before = random_state()
-        build_on_meta(self.model, self.datamodule)
+        model = build_on_meta(self.model, self.datamodule)
         set_random_state(before)
+        if self.weights is not None and (difference := why_not_weights_of(self.weights, model)):
+            raise UserError(
+                f"--ckpt_path {self.checkpoint} is of another configuration: {difference}; see config.yaml beside it."
+            )
         self._instantiate_trainer({**config, "logger": False, "enable_checkpointing": False}, [])
 
     def _start_recorder(self) -> RunRecorder:
@@ -183,7 +188,7 @@ def run_single(arguments: list[str], project: Project, origin: Origin) -> int:
     except BaseException as error:
         if cli.recorder is not None:
             _record_failure(cli.recorder, error)
-        if isinstance(error, ValueError | MisconfigurationException):
+        if isinstance(error, ValueError | MisconfigurationException) or ran_out_of_memory(error):
             raise UserError(first_cause(error)) from error
         raise
     _record_success(cli, arguments[0])

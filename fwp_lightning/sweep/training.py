@@ -12,7 +12,6 @@ import os
 import pickle
 import random
 import re
-import resource
 import signal
 import threading
 import time
@@ -33,9 +32,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 
-from fwp_lightning.errors import RunBusy, RunStopped, sentence_of
+from fwp_lightning.errors import RunBusy, RunStopped, UserError, sentence_of
 from fwp_lightning.experiment import CHECKPOINT_SECONDS, Config, Project, Run
+from fwp_lightning.memory import peak_memory_mb, reset_peak_memory
 from fwp_lightning.registry import did_you_mean
 from fwp_lightning.sweep.ranks import Ranks, other_processes, refuse_devices
 from fwp_lightning.sweep.workers import Outcome, Settings
@@ -114,18 +115,19 @@ def check_run(run: Run) -> str | None:
     return None
 
 
-def build_on_meta(task: LightningModule, datamodule: Any) -> None:
-    """Check data that can be, and build a task's model without memory and without drawing numbers.
+def build_on_meta(task: LightningModule, datamodule: Any) -> nn.Module | None:
+    """Check data that can be, and return a task's model, built without memory and without drawing numbers.
 
     So that a wrong choice, or a file that is missing or damaged, is found before anything trains.
     """
     check = getattr(datamodule, "check", None)
     if check is not None:
         check()
-    build = getattr(task, "build_model", None)
-    if build is not None:
-        with torch.device("meta"):
-            build(datamodule)
+    build: Callable[[Any], nn.Module] | None = getattr(task, "build_model", None)
+    if build is None:
+        return None
+    with torch.device("meta"):
+        return build(datamodule)
 
 
 def unknown_key(config: Config) -> str | None:
@@ -422,12 +424,47 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def problem_of_checkpoint(path: Path) -> str | None:
     """Return why a checkpoint cannot be read, None if it can; no code in it is run."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        return "it is damaged, or holds more than tensors and plain values, and is not read"
-    except Exception as error:  # noqa: BLE001 - a damaged file raises anything
-        return f"it cannot be read ({sentence_of(error)[:200]})"
-    return None if isinstance(content, dict) else "it holds no state of a training"
+        read_checkpoint(path, "cpu")
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def read_checkpoint(path: Path, device: str) -> dict[str, Any]:
+    """Return what a checkpoint holds; ``UserError`` where it cannot be read; no code in it is run."""
+    if not path.is_file():
+        raise UserError("there is no such file")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError("it is damaged, or holds more than tensors and plain values, and is not read") from error
+    except Exception as error:  # a damaged file raises anything
+        raise UserError(f"it cannot be read ({sentence_of(error)[:200]})") from error
+    if not isinstance(content, dict):
+        raise UserError("it holds no state of a training")
+    return content
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return the shapes of the weights in a task's checkpoint, on the meta device; ``UserError`` for any other file."""
+    content = read_checkpoint(path, "meta")
+    if "state_dict" not in content:
+        what = f"a {FINAL}, which `fwp generate` reads" if "weights" in content else "no checkpoint of a task"
+        raise UserError(f"it is {what}; name a {LAST} that `fwp fit` left behind")
+    return dict(content["state_dict"])
+
+
+def why_not_weights_of(weights: Mapping[str, torch.Tensor], model: nn.Module | None) -> str | None:
+    """Return how the weights in a checkpoint differ from those of a task's ``model``, None if they do not."""
+    if model is None:
+        return None
+    theirs = {name: tuple(x.shape) for name, x in weights.items() if name.startswith("model.")}
+    ours = {f"model.{name}": tuple(x.shape) for name, x in model.state_dict().items()}
+    for name in [*ours, *theirs]:
+        if theirs.get(name) != ours.get(name):
+            here, there = (str(list(x[name])) if name in x else "absent" for x in (ours, theirs))
+            return f"{name} is {there} in it and {here} here"
+    return None
 
 
 def remove_checkpoints(folder: Path) -> None:
@@ -494,7 +531,7 @@ class Measurements(Callback):
             "best/step": self.best_step,
             "wall_seconds": round(self.seconds, 3),
             "steps_per_second": steps / max(self.seconds, 1e-9),
-            "peak_memory_mb": round(peak_memory_mb(trainer), 1),
+            "peak_memory_mb": round(peak_memory_mb(trainer.strategy.root_device), 1),
             "steps": steps,
             "tokens": getattr(task, "tokens", None),
         }
@@ -520,25 +557,6 @@ def describe_task(trainer: Trainer, task: LightningModule) -> dict[str, str]:
         "precision": str(trainer.precision),
         "data_sha256": str(data_sha256() if callable(data_sha256) else data_sha256),
     }
-
-
-def reset_peak_memory() -> None:
-    """Start the peak memory anew: a process trains many runs, and its peak only ever grows."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def peak_memory_mb(trainer: Trainer) -> float:
-    """Return the peak memory since ``reset_peak_memory``: of the GPU where the run is on one, else of the process."""
-    if trainer.strategy.root_device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------

@@ -15,16 +15,20 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from fwp_lightning.attention import AttentionConfig, MemoryState
+from fwp_lightning.data.corpora import KNOWN_CORPORA
 from fwp_lightning.data.wikitext import Batches, Segment, Split, WikiTextData, Windows
 from fwp_lightning.models.language_model import LanguageModel, build_language_model
 from fwp_lightning.models.transformer import Architecture
 from fwp_lightning.models.transformer_xl import TransformerXL
 from fwp_lightning.tasks.perplexity import WordPerplexity
 from fwp_lightning.tasks.processes import gather
+from fwp_lightning.tasks.updates import Update, made_up_words
 
 log = logging.getLogger(__name__)
 
 SPLITS: tuple[Split, ...] = ("valid", "test")
+# of word frequencies by rank, as WikiText-2 has among its rarer words: it decides how costly the adaptive softmax is
+WORD_EXPONENT = 1.1
 # of a compiled model: with and without a state, whole and short segments, training and each evaluation
 MOST_GRAPHS = 64
 
@@ -192,6 +196,8 @@ class LanguageModelingTask(L.LightningModule):
     def on_fit_start(self) -> None:
         """Refuse numbers of the trainer and of the data that do not fit together."""
         check_numbers(self.trainer, self.data, self.max_steps)
+        for final in self.final_passes():
+            self.data.check_length(final.split, final.length)
 
     def on_train_start(self) -> None:
         """Bring a state that a checkpoint held to the device."""
@@ -236,6 +242,36 @@ class LanguageModelingTask(L.LightningModule):
                 self._compiled = _compile(self.model)
             hidden, last = self._compiled(words, state)
         return hidden, last
+
+    def measurable_update(self, data: WikiTextData, device: torch.device, precision: str, devices: int) -> Update:
+        """Return an update of made-up words, of one of ``devices`` that share its streams: no corpus is needed."""
+        known = KNOWN_CORPORA.get(data.corpus)
+        n_words = data.vocabulary_size if known is None else known.vocabulary_size
+        model = build_language_model(self.architecture, self.attention, n_words).to(device).train()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=True)
+        carried: dict[int, list[Any]] = {}
+
+        def micro_batch(streams: int) -> None:
+            words = made_up_words(n_words, (streams, data.length + 1), WORD_EXPONENT).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+                hidden, state = model(words[:, :-1], carried.get(streams))
+                loss = model.words.nll(hidden.flatten(0, 1), words[:, 1:].flatten()).mean()
+            if self.context == "carried":
+                carried[streams] = [layer.detach() for layer in state]
+            loss.backward()
+
+        def step() -> None:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+
+        return Update(
+            micro_batch=micro_batch,
+            step=step,
+            sequences=max(1, data.batch_size // (data.accumulation * devices)),
+            sequence_length=data.length,
+            micro_batches=data.accumulation,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+        )
 
     # --- evaluation
 
@@ -365,11 +401,18 @@ class LanguageModelingTask(L.LightningModule):
             "best_loss": self._best_loss,
             "steps": self.steps,
             "tokens": self.tokens,
+            "data_sha256": self.data.data_sha256(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the counts, the carried state and the best weights over."""
+        """Take the counts, the carried state and the best weights over; ``ValueError`` for those of another text."""
         kept = checkpoint["language_modeling"]
+        theirs, ours = kept.get("data_sha256"), self.data.data_sha256()
+        if theirs not in (None, ours):
+            raise ValueError(
+                f"the checkpoint is of a model of another text (SHA-256 {theirs[:12]}... instead of {ours[:12]}...), "
+                "whose words have other numbers; give the text that it was trained on"
+            )
         self._best, self._best_loss = kept["best"], kept["best_loss"]
         self.steps, self.tokens = kept["steps"], kept["tokens"]
         # older checkpoints, all of one process, have its state alone

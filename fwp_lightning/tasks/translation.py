@@ -7,9 +7,7 @@ import io
 import math
 import os
 import re
-import time
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from fwp_lightning.attention import AttentionConfig
 from fwp_lightning.data.translation import Sample, Sentences, TranslationData
 from fwp_lightning.tasks.processes import gather
+from fwp_lightning.tasks.updates import Update
 from fwp_lightning.translation import compatibility
 from fwp_lightning.translation.checkpoints import fairseq_checkpoint
 from fwp_lightning.translation.choice import TranslationAttention, flatten
@@ -30,7 +29,6 @@ from fwp_lightning.translation.choice import TranslationAttention, flatten
 HYPHEN = re.compile(r"(\S)-(\S)")
 SENTENCE_TOKENS = 28
 """Length of the sentences that an update is timed with: the mean of WMT14's, in subwords."""
-CPU_TOKENS = 8 * SENTENCE_TOKENS
 N_SHOWN = 10
 """Test sentences whose translations are written out."""
 
@@ -292,11 +290,8 @@ class TranslationTask(L.LightningModule):
         optimizer.step()
         self._steps += 1
 
-    def time_update(self, data: TranslationData, device: torch.device, precision: str) -> float:
-        """Return the seconds of an update on one device, of sentences of random words: no corpus is needed.
-
-        On a CPU a part of a micro-batch is timed, and its time taken to grow with its tokens.
-        """
+    def measurable_update(self, data: TranslationData, device: torch.device, precision: str, devices: int) -> Update:
+        """Return an update of sentences of random words: no corpus is needed; every device has its own tokens."""
         compatibility.install()
         from fairseq.data import Dictionary
 
@@ -307,19 +302,25 @@ class TranslationTask(L.LightningModule):
         from fwp_lightning.translation.architectures import FastWeightTransformer
 
         model = FastWeightTransformer.build_model(self._built_arguments(data), task).to(device).train()
-        n_tokens = min(data.max_tokens, CPU_TOKENS) if device.type == "cpu" else data.max_tokens
-        shape = (max(n_tokens // SENTENCE_TOKENS, 1), SENTENCE_TOKENS)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
 
-        def micro_batch() -> None:
+        def micro_batch(sentences: int) -> None:
+            shape = (sentences, SENTENCE_TOKENS)
             source, target = (torch.randint(words.nspecial, len(words), shape, device=device) for _ in range(2))
             lengths = torch.full(shape[:1], SENTENCE_TOKENS, device=device)
             with torch.autocast(device.type, torch.float16, enabled=precision == "16-mixed"):
                 log_probs = model.get_normalized_probs(model(source, lengths, target), log_probs=True)
             (-log_probs.gather(-1, target.unsqueeze(-1)).sum() - self.label_smoothing * log_probs.mean()).backward()
 
-        seconds = _seconds_of(micro_batch, device) * data.max_tokens / (shape[0] * shape[1])
-        return seconds * data.accumulation + _seconds_of(optimizer.step, device)
+        return Update(
+            micro_batch=micro_batch,
+            step=optimizer.step,
+            sequences=max(data.max_tokens // SENTENCE_TOKENS, 1),
+            sequence_length=SENTENCE_TOKENS,
+            micro_batches=data.accumulation,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            unit="subwords",
+        )
 
     # --- evaluation
 
@@ -451,19 +452,6 @@ class TranslationTask(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the best weights over."""
         self._best, self._best_bleu = checkpoint["translation"]["best"], checkpoint["translation"]["best_bleu"]
-
-
-def _seconds_of(work: Callable[[], Any], device: torch.device, times: int = 2) -> float:
-    """The seconds that work takes once it is warm."""
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    for _ in range(times):
-        work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - started) / times
 
 
 def bleu(translations: list[str], references: list[str]) -> tuple[float, str]:
