@@ -43,6 +43,7 @@ __all__ = [
     "flushing_exp",
     "fused_rule",
     "fwm_rule",
+    "implementation",
     "implements",
     "pair_gradients",
     "sum_rule",
