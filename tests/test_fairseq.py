@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fwp_lightning.attention import AttentionConfig, FavorConfig
+from fwp_lightning.attention import RULES, AttentionConfig, FavorConfig
+from fwp_lightning.attention.rules.delta_product import DeltaProductOptions
 from fwp_lightning.cli import main
 from fwp_lightning.data.grammar import sentence_pairs
 from fwp_lightning.translation import compatibility
@@ -183,6 +184,30 @@ def test_decoding_word_by_word_equals_teacher_forcing(name: str, replaced: str, 
         step = model.get_normalized_probs(out, log_probs=True)[:, 0]
         real = batch["prev_output_tokens"][:, t] != 1
         torch.testing.assert_close(step[real], whole[real, t], **(FLOAT32 if name == "softmax" else EXACT))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_decodes_word_by_word_what_it_was_taught(rule: str, batch: dict[str, Tensor]) -> None:
+    model = build(default_choice(rule))
+    # the sentence without padding
+    taught = batch["prev_output_tokens"][1:2, :11]
+    source = {"src_tokens": batch["src_tokens"][1:2, -7:], "src_lengths": batch["src_lengths"][1:2]}
+    whole = log_probabilities(model, {**source, "prev_output_tokens": taught})
+    encoded = model.encoder(source["src_tokens"], src_lengths=source["src_lengths"])
+    state: dict[str, Any] = {}
+    for t in range(whole.shape[1]):
+        out = model.decoder(taught[:, : t + 1], encoder_out=encoded, incremental_state=state)
+        step = model.get_normalized_probs(out, log_probs=True)[:, 0]
+        torch.testing.assert_close(step, whole[:, t], **(FLOAT32 if rule == "softmax" else EXACT))
+
+
+def test_a_rules_own_numbers_survive_fairseqs_flat_arguments() -> None:
+    options = DeltaProductOptions(n_steps=3)
+    choice = TranslationAttention(AttentionConfig("delta_product", "elu", phi_norm="sum", rule_options=options))
+    assert from_arguments(Namespace(**flatten(choice))) == choice
+    broken = Namespace(**{**flatten(choice), "fwp_rule_options": '{"steps": 3}'})
+    with pytest.raises(ValueError, match=r"--fwp-rule-options .*steps"):
+        from_arguments(broken)
 
 
 @pytest.mark.parametrize("name", ["linear", "performer", "delta dpfp"])
@@ -495,7 +520,6 @@ def test_advice_that_nobody_can_follow_stays_unseen_in_later_runs_too() -> None:
 
 def test_all_rules_have_all_sizes() -> None:
     compatibility.install()
-    from fwp_lightning.attention import RULES
     from fwp_lightning.translation.architectures import register_architectures
 
     expected = {f"fwp_{rule}_{size}" for rule, size in itertools.product(RULES, ("wmt_en_de", "vaswani_wmt_en_de_big"))}

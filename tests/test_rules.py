@@ -163,9 +163,11 @@ def gates_of(rule: Rule, inputs: Inputs) -> tuple[Tensor, ...]:
 
 def with_normaliser(name: str, options: Any) -> list[AttentionConfig]:
     """The rule with each way to normalise its read-out, on features that are positive."""
+    rule = RULES[name]
+    maps, norms = rule.feature_maps or ("elu",), rule.phi_norms or ("sum",)
     return [
-        AttentionConfig(name, "elu", phi_norm="sum", attention_norm=norm, rule_options=options)
-        for norm in RULES[name].attention_norms
+        AttentionConfig(name, maps[0], phi_norm=norms[0], attention_norm=norm, rule_options=options)
+        for norm in rule.attention_norms
     ]
 
 

@@ -105,14 +105,14 @@ class FastWeightMemory(nn.Module):
     ) -> MemoryState:
         """Return the state after writing all pairs, but for those that ``written`` says are padding; reads nothing."""
         self._start(state)
-        if self.rule.reads_while_writing:
-            raise ValueError(f"rule {self.config.rule} reads while it writes, so it cannot write first and read later")
+        self._check_writes_first()
         k_phi, taken = self._written(k, self._taken(gates), written)
         return self._scan(None, k_phi, v, taken, state, causal=True)[1]
 
     @in_full_precision
     def read(self, q: Tensor, state: MemoryState) -> Tensor:
         """Return what queries ``[B, N, H, D]`` retrieve from a written memory, ``[B, N, H, V]``."""
+        self._check_writes_first()
         q_phi = self.query_features(q)
         o = self.rule.read(q_phi, state.memory)
         if state.z is not None:
@@ -143,6 +143,10 @@ class FastWeightMemory(nn.Module):
         """Return the numbers kept per head between steps, or None if they grow with the sequence."""
         size = self.rule.state_size(self.feature_map.n_out, d_value)
         return size if size is None or self.config.attention_norm == "none" else size + self.feature_map.n_out
+
+    def _check_writes_first(self) -> None:
+        if self.rule.reads_while_writing:
+            raise ValueError(f"rule {self.config.rule} reads while it writes, so it cannot write first and read later")
 
     def _taken(self, gates: Gates) -> tuple[Tensor, ...]:
         """Return the gates that the rule takes; ``ValueError`` where one is missing."""

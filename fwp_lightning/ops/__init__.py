@@ -43,6 +43,7 @@ __all__ = [
     "flushing_exp",
     "fused_rule",
     "fwm_rule",
+    "implementation",
     "implements",
     "pair_gradients",
     "sum_rule",
@@ -130,7 +131,7 @@ def written_by(
     *,
     backend: str = "auto",
 ) -> tuple[Tensor | None, Tensor]:
-    """Return outputs and the last state of a rule that ``implements`` named; ``gates`` are ``[B, T, H]`` or wider.
+    """Return outputs and the last state of a rule that ``implements`` named; ``gates`` are ``[B, T, H]``.
 
     Raises ``ValueError`` for tensors that do not fit together or a backend that cannot run.
     """

@@ -150,9 +150,9 @@ def check(
 ) -> None:
     """Raise ``ValueError`` naming the argument that is no tensor or does not fit ``k`` in shape, dtype or device.
 
-    Expects ``q k v beta state z`` as in the ops; those that are not needed may be None or absent; others are gates,
-    ``[B, T, H]`` or ``[B, T, H, size]``. Without causality ``q`` may have any length. A state has ``n_features`` rows,
-    or as many as keys are wide.
+    Expects ``q k v beta state z`` as in the ops; those that are not needed may be None or absent; others are gates
+    ``[B, T, H]``. Without causality ``q`` may have any length. A state has ``n_features`` rows, or as many as keys are
+    wide.
     """
     given = {name: x for name, x in tensors.items() if x is not None or name in needs}
     for name, x in given.items():
@@ -177,7 +177,7 @@ def _check_fit(given: dict[str, Tensor], causal: bool, n_features: int | None) -
     d_value = 0 if v is None else v.shape[-1]
     expected = {"q": (b, n_queries, h, size), "v": (b, t, h, d_value), "k": tuple(k.shape)}
     expected |= {"state": (b, h, n_features, d_value), "z": (b, h, n_features)}
-    gates = {name: (b, t, h, *x.shape[3:]) for name, x in given.items() if name not in expected}
+    gates = {name: (b, t, h) for name in given if name not in expected}
     expected = {name: shape for name, shape in (expected | gates).items() if name in given}
     for name, shape in expected.items():
         tensor = given[name]

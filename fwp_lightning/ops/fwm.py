@@ -45,7 +45,7 @@ class _FwmScan(Function):
         squared_norm = W_0.square().sum((1, 2)).unsqueeze(-1)
         k_squared = k.square().sum(-1, keepdim=True)
         for t in range(steps):
-            retrieved = _read(memories[t], k[t])
+            retrieved = read(memories[t], k[t])
             error = torch.sub(v[t], retrieved, out=errors[t])
             u = torch.mul(beta[t], error, out=written[t])
             W = torch.addcmul(memories[t], k[t].unsqueeze(-1), u.unsqueeze(-2), out=memories[t + 1])
@@ -71,7 +71,7 @@ class _FwmScan(Function):
             # W_t = c W' with c = min(1, 1/|W'|): where c < 1 the part of the gradient along W' vanishes
             along = torch.linalg.vecdot(G.flatten(1), memories[t + 1].flatten(1)).unsqueeze(-1) * (scales[t] < 1)
             G.addcmul_(memories[t + 1], along.unsqueeze(-1), value=-1).mul_(scales[t].unsqueeze(-1))
-            grad_u = _read(G, k[t])
+            grad_u = read(G, k[t])
             grad_error = torch.mul(beta[t], grad_u, out=grad_v[t])
             torch.sum(grad_u * errors[t], -1, keepdim=True, out=grad_beta[t])
             both = torch.stack([written[t], grad_error], dim=-1)
@@ -80,5 +80,6 @@ class _FwmScan(Function):
         return grad_q, grad_k, grad_v, grad_beta, G, None
 
 
-def _read(W: Tensor, k: Tensor) -> Tensor:
+def read(W: Tensor, k: Tensor) -> Tensor:
+    """Return ``W^T k``, ``[.., V]``, of memories ``[.., K, V]``."""
     return (k.unsqueeze(-2) @ W).squeeze(-2)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Rule = Callable[..., tuple[Tensor | None, Tensor]]
+# a state is a tensor, or a tuple of them
+Rule = Callable[..., tuple[Tensor | None, Any]]
 
 
 def outside_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -25,7 +26,7 @@ def without_autocast(rule: Rule) -> Rule:
     """Let a rule written with PyTorch's own products run outside autocast, which would narrow them."""
 
     @functools.wraps(rule)
-    def wrapped(q: Tensor | None, k: Tensor, *rest: Any, **named: Any) -> tuple[Tensor | None, Tensor]:
+    def wrapped(q: Tensor | None, k: Tensor, *rest: Any, **named: Any) -> tuple[Tensor | None, Any]:
         with outside_autocast(k.device):
             return rule(q, k, *rest, **named)
 

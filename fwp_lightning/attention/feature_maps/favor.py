@@ -21,7 +21,7 @@ class Favor(FeatureMap):
     what an undisturbed one would have drawn.
     """
 
-    source = "Choromanski et al. 2021, eq. 7; Schlag, Irie, Schmidhuber 2021, eqs. 31-32"
+    source = "Choromanski et al. 2021, Lemma 1; Schlag, Irie, Schmidhuber 2021, eqs. 31-32"
     directions: Tensor
 
     def __init__(self, d_key: int, config: AttentionConfig) -> None:

@@ -35,7 +35,7 @@ class DeltaProductRule(Rule):
     rule on n T pairs, of which every n-th is followed by a read-out.
     """
 
-    source = "Siems et al. 2025 (DeltaProduct), eq. 2"
+    source = "Siems et al. 2025 (DeltaProduct)"
     gates = (BETA,)
     Options = DeltaProductOptions
     goes_with: ClassVar = {"feature_map": "silu", "phi_norm": "l2"}
