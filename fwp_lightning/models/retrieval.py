@@ -74,7 +74,7 @@ class RetrievalModel(nn.Module):
 
     def forward(self, keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
         """Return predictions ``[B, Q, S]`` for key ids and value ids ``[B, T]`` and queried key ids ``[B, Q]``."""
-        q = linear(embedding(queries, self.key_embedding), self.W_q, self.b_q)
+        q = self._queries(queries)
         if self.compute == "plain":
             y = self._write_and_read(*self._plain_keys(keys, values), values, q)
         elif self.memory.has_attention_weights:
@@ -82,6 +82,12 @@ class RetrievalModel(nn.Module):
         else:
             y = self._write_and_read(*self._factored_keys(keys, values), values, q)
         return layer_norm(y, (self.n_keys,)) if self.readout_norm == "layer_norm" else y
+
+    def project(self, keys: Tensor, values: Tensor, queries: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return q ``[B, Q, 1, D]``, k ``[B, T, 1, D]``, one-hot values ``[B, T, 1, S]`` and beta, of the one head."""
+        k, beta = self._plain_keys(keys, values)
+        q, v = self._queries(queries), one_hot(values, self.n_keys).to(k.dtype)
+        return q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2), None if beta is None else beta.unsqueeze(2)
 
     def is_compiled(self) -> bool:
         """Whether training runs in C++; ``ValueError`` with the reason where it was asked for by name and cannot."""
@@ -124,6 +130,9 @@ class RetrievalModel(nn.Module):
         """Draw FAVOR+'s matrices of the next steps ``[n_steps or 1, m, D]``; None for other maps."""
         draw = getattr(self.memory.feature_map, "training_directions", None)
         return None if draw is None else draw(n_steps)
+
+    def _queries(self, queries: Tensor) -> Tensor:
+        return linear(embedding(queries, self.key_embedding), self.W_q, self.b_q)
 
     def _write_and_read(self, k: Tensor, beta: Tensor | None, values: Tensor, q: Tensor) -> Tensor:
         # one head: [B, T, 1, D]

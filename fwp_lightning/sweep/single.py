@@ -28,6 +28,7 @@ from fwp_lightning.sweep.training import (
     publish_checkpoint,
     quiet_lightning,
     random_state,
+    record_texts,
     set_random_state,
     steps_of,
     write_checkpoint,
@@ -187,6 +188,7 @@ def _record_success(cli: SingleCLI, subcommand: str) -> None:
         if write_checkpoint(cli.trainer, recorder.folder):
             publish_checkpoint(recorder.folder)
         write_final(cli.model, yaml.safe_load((recorder.folder / "config.yaml").read_text("utf-8")), recorder.folder)
+        record_texts(cli.model, cli.trainer, recorder)
         recorder.log_points(measurements.summary(cli.trainer, cli.model), steps_of(cli.trainer, cli.model))
         tags["diverged"] = divergence_of(cli.model, measurements) or ""
     recorder.finish("FINISHED", tags)
