@@ -20,11 +20,13 @@ from fwp_lightning.experiment import Project, Run, View, load_experiment, natura
 from fwp_lightning.results_csv import (
     DONE,
     METRIC_COLUMNS,
+    PROBE_COLUMNS,
     RUN_COLUMNS,
     STATUSES,
     TRANSLATION_COLUMNS,
     Row,
     read_metrics,
+    read_probes,
     read_runs,
     read_translations,
 )
@@ -213,25 +215,50 @@ class Export:
         return f"exported {counted(self.exported, 'run')} to results/ ({self.total} in runs.csv{replaced}){change}"
 
 
-def csv_files(project: Project) -> tuple[Path, Path, Path]:
-    """Return the files of runs, of metrics and of translations; the last is there only if a run has some."""
-    return project.results / "runs.csv", project.results / "metrics.csv", project.results / "translations.csv"
+@dataclass(frozen=True)
+class TextTable:
+    """A table that single runs leave as a text beside their metrics, and that has a file in results/ if any did."""
+
+    name: str
+    columns: tuple[str, ...]
+    read: Callable[[Path], list[Row]]
+    order: Callable[[Row], tuple[Any, ...]]
 
 
-def read_results(project: Project) -> tuple[list[Row], list[Row], list[Row]]:
-    """Return the checked rows of the CSV files."""
-    runs_file, metrics_file, translations_file = csv_files(project)
-    return read_runs(runs_file), read_metrics(metrics_file), read_translations(translations_file)
+def _translation_order(row: Row) -> tuple[str, str, int]:
+    return row["run_key"], row["split"], int(row["line"])
+
+
+def _probe_order(row: Row) -> tuple[Any, ...]:
+    return row["run_key"], int(row["layer"]), int(row["head"]), row["statistic"], float(row["x"]), int(row["y"])
+
+
+TEXT_TABLES = (
+    TextTable("translations.csv", TRANSLATION_COLUMNS, read_translations, _translation_order),
+    TextTable("probes.csv", PROBE_COLUMNS, read_probes, _probe_order),
+)
+
+
+def csv_files(project: Project) -> tuple[Path, Path]:
+    """Return the files of runs and of metrics."""
+    return project.results / "runs.csv", project.results / "metrics.csv"
+
+
+def read_results(project: Project) -> tuple[list[Row], list[Row], dict[str, list[Row]]]:
+    """Return the checked rows of the CSV files: of runs, of metrics, and of the tables of ``TEXT_TABLES`` by name."""
+    runs_file, metrics_file = csv_files(project)
+    tables = {table.name: table.read(project.results / table.name) for table in TEXT_TABLES}
+    return read_runs(runs_file), read_metrics(metrics_file), tables
 
 
 def export(client: MlflowClient, project: Project) -> Export:
-    """Merge the store's ended runs into results/runs.csv, metrics.csv and, if any translated, translations.csv.
+    """Merge the store's ended runs into results/runs.csv, metrics.csv and the tables that some runs left.
 
     Rows of runs that the store does not hold stay. A run replaces the rows of its own key, and those of an older run
     of the same experiment, row, point, seed, profile and protocol: a changed configuration is measured anew.
     """
-    runs_file, metrics_file, translations_file = csv_files(project)
-    old_runs, old_metrics, old_translations = read_results(project)
+    runs_file, metrics_file = csv_files(project)
+    old_runs, old_metrics, old_tables = read_results(project)
     ended = _newest(run for run in read_store(client) if run.outcome in STATUSES and run.tags.get("profile"))
     rows = [_run_row(run) for run in ended]
     keys, places = {run.run_key for run in ended}, {run.place for run in ended}
@@ -245,16 +272,17 @@ def export(client: MlflowClient, project: Project) -> Export:
     for run in ended:
         metrics.extend(_metric_rows(run.run_key, points.get(run.run_id, [])))
     metrics.sort(key=_metric_order)
-    translated = [row for run in ended for row in _translation_rows(client, run)]
-    # those of a run whose artifacts were removed are still its own
-    kept_keys |= keys - {row["run_key"] for row in translated}
-    translations = [*(row for row in old_translations if row["run_key"] in kept_keys), *translated]
-    translations.sort(key=_translation_order)
 
     # a reader between the writes finds points of unknown runs, never runs without points
     changed = [_write_csv(metrics_file, METRIC_COLUMNS, metrics)]
-    if translations or old_translations:
-        changed.append(_write_csv(translations_file, TRANSLATION_COLUMNS, translations))
+    for table in TEXT_TABLES:
+        old = old_tables[table.name]
+        new = [row for run in ended for row in _rows_of_text(client, run, table)]
+        # those of a run whose artifacts were removed are still its own
+        still = kept_keys | (keys - {row["run_key"] for row in new})
+        rows_of_table = sorted([*(row for row in old if row["run_key"] in still), *new], key=table.order)
+        if rows_of_table or old:
+            changed.append(_write_csv(project.results / table.name, table.columns, rows_of_table))
     changed.append(_write_csv(runs_file, RUN_COLUMNS, runs))
     return Export(len(rows), len(runs), len(others) - len(kept), any(changed))
 
@@ -287,10 +315,10 @@ def _metric_rows(run_key: str, points: Iterable[Point]) -> Iterator[Row]:
         yield {"run_key": run_key, "split": split, "metric": metric, "step": str(step), "value": format_number(value)}
 
 
-def _translation_rows(client: MlflowClient, run: StoredRun) -> Iterator[Row]:
-    text = read_text(client, run, "translations.csv")
+def _rows_of_text(client: MlflowClient, run: StoredRun, table: TextTable) -> Iterator[Row]:
+    text = read_text(client, run, table.name)
     for row in csv.DictReader(io.StringIO(text or "")):
-        yield {"run_key": run.run_key, **{column: row[column] for column in TRANSLATION_COLUMNS[1:]}}
+        yield {"run_key": run.run_key, **{column: row[column] for column in table.columns[1:]}}
 
 
 def format_number(value: float) -> str:
@@ -313,10 +341,6 @@ def _run_order(row: Row) -> tuple[Any, ...]:
 
 def _metric_order(row: Row) -> tuple[str, str, str, int]:
     return row["run_key"], row["split"], row["metric"], int(row["step"])
-
-
-def _translation_order(row: Row) -> tuple[str, str, int]:
-    return row["run_key"], row["split"], int(row["line"])
 
 
 # --- the CSV files ---------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ RUN_COLUMNS = (
 )  # fmt: skip
 METRIC_COLUMNS = ("run_key", "split", "metric", "step", "value")
 TRANSLATION_COLUMNS = ("run_key", "split", "line", "source", "reference", "translation")
+PROBE_COLUMNS = ("run_key", "step", "layer", "head", "statistic", "x", "y", "mean", "std", "n")
 BENCHMARK_GROUP = ("device", "machine", "part", "rule", "shape", "dtype", "threads", "clock", "pass")
 """Lines alike in these were measured in turns: ratios are taken between them only."""
 BENCHMARK_COLUMNS = (
@@ -68,6 +69,13 @@ def read_translations(path: Path) -> list[Row]:
     """Return the checked rows of a translations.csv, none where there is no file; ``UserError`` if it is damaged."""
     checks: dict[str, Check] = {"run_key": _filled, "split": _filled, "line": _whole}
     return _read(path, TRANSLATION_COLUMNS, ("run_key", "split", "line"), checks)
+
+
+def read_probes(path: Path) -> list[Row]:
+    """Return the checked rows of a probes.csv, none where there is no file; raise ``UserError`` if it is damaged."""
+    checks: dict[str, Check] = {"run_key": _filled, "step": _whole, "layer": _whole, "head": _whole, "x": _number}
+    checks |= {"statistic": _filled, "y": _whole, "mean": _number, "std": _number, "n": _whole}
+    return _read(path, PROBE_COLUMNS, ("run_key", "layer", "head", "statistic", "x", "y"), checks)
 
 
 def read_benchmarks(path: Path) -> list[Row]:

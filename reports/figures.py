@@ -52,7 +52,7 @@ def draw(selection: Selection, cells: Sequence[Cell]) -> Figure:
         axes = figure.add_subplot()
         content = _capacity_plot if plan.spec.kind == "capacity_plot" else _learning_curves
         marks = content(axes, selection, shown, looks)
-        title = _balanced(plan.title)
+        title = balanced(plan.title)
         handles = _handles(plan, looks, marks)
         top = len(title) * TITLE_LINE + SUBTITLE
         legend = -(-len(handles) // LEGEND_COLUMNS) * LEGEND_LINE
@@ -62,11 +62,12 @@ def draw(selection: Selection, cells: Sequence[Cell]) -> Figure:
         axes.set_position((LEFT / WIDTH, bottom / height, 1 - (LEFT + RIGHT) / WIDTH, AXES_HEIGHT / height))
         corner = (LEFT / WIDTH, (FOOTER + legend) / height)
         figure.legend(handles=handles, loc="upper left", bbox_to_anchor=corner, ncols=LEGEND_COLUMNS, borderaxespad=0)
-        _texts(figure, selection, "\n".join(title), height)
+        write_texts(figure, selection, "\n".join(title), height)
     return figure
 
 
-def _balanced(title: str) -> list[str]:
+def balanced(title: str) -> list[str]:
+    """A title in lines of about one length."""
     n_lines = -(-len(title) // TITLE_LENGTH)
     return textwrap.wrap(title, len(title) // n_lines + 6, break_on_hyphens=False) if n_lines > 1 else [title]
 
@@ -277,7 +278,8 @@ def _handles(plan: Plan, looks: dict[str, Look], marks: dict[str, str]) -> list[
     return handles
 
 
-def _texts(figure: Figure, selection: Selection, title: str, height: float) -> None:
+def write_texts(figure: Figure, selection: Selection, title: str, height: float) -> None:
+    """Writes title, subtitle and origin of a figure that is `height` inches high."""
     left = LEFT / WIDTH
     n_lines = title.count("\n") + 1
     subtitle = " · ".join(part for part in (wording.place(selection.plan), wording.setting(selection)) if part)

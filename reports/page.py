@@ -10,8 +10,9 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from reports import figures, tables, verdict_tables, wording
+from reports import figures, memory_figures, tables, verdict_tables, wording
 from reports.palette import DARK, looks_of
+from reports.plan import MEMORY_KINDS
 from reports.selection import Cell, Selection
 from reports.sources import Run, Translation
 from reports.verdicts import Verdict
@@ -119,6 +120,7 @@ def _context(entry: Entry) -> dict[str, object]:
         "is_table": plan.spec.kind == "table",
         "table": tables.build(selection, entry.cells),
         "matrix": _matrix(selection, entry.cells),
+        "compared": tables.is_compared(entry.cells),
         "looks": looks_of(plan.rows),
         "completeness": wording.completeness(selection),
         "share": selection.n_found / plan.n_planned,
@@ -178,4 +180,8 @@ def _data_uri(text: str) -> str:
 
 def entry_of(selection: Selection, cells: Sequence[Cell]) -> Entry:
     """Draws what the page needs of one report."""
-    return Entry(selection, cells, None if selection.plan.spec.kind == "table" else figures.draw(selection, cells))
+    kind = selection.plan.spec.kind
+    if kind == "table":
+        return Entry(selection, cells, None)
+    figure = memory_figures.draw(selection) if kind in MEMORY_KINDS else figures.draw(selection, cells)
+    return Entry(selection, cells, figure)

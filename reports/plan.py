@@ -1,7 +1,7 @@
 """What a report shows: rows, points and seeds of an experiment file in one profile and protocol, and its `report:`.
 
 report:
-  kind: capacity_plot              # or learning_curves, table
+  kind: capacity_plot              # or learning_curves, table; contrast, accumulators, spectra, attention_maps
   metrics: [valid/loss]            # a plot shows the first; each entry may also be {name, label, better, digits}
   x: {label: number of unique keys S, limits: [0, 600]}
   y: {label: loss, scale: log, limits: [1.0e-4, 1.0e+3]}
@@ -29,7 +29,9 @@ from fwp_lightning.experiment import (
 from fwp_lightning.registry import did_you_mean
 from fwp_lightning.yaml_files import read_yaml
 
-KINDS = ("capacity_plot", "learning_curves", "table")
+MEMORY_KINDS = ("contrast", "accumulators", "spectra", "attention_maps")
+"""figures of what runs recorded inside their memories"""
+KINDS = ("capacity_plot", "learning_curves", "table", *MEMORY_KINDS)
 ONE_NUMBER = re.compile(r"[^=,]+=[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 """a point of one grid key that has a number"""
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from fwp_lightning.errors import UserError, sentence_of
-from fwp_lightning.results_csv import ADVICE, read_metrics, read_translations
+from fwp_lightning.results_csv import ADVICE, read_metrics, read_probes, read_translations
 from fwp_lightning.results_csv import read_runs as read_run_lines
 
 PAPER_COLUMNS = ("experiment", "row", "point", "split", "metric", "value", "source")
@@ -36,6 +36,19 @@ class Translation:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """A number that was measured inside a memory: of a layer and head, a statistic at x (and y)."""
+
+    layer: int
+    head: int
+    statistic: str
+    x: float
+    y: int
+    mean: float
+    n: int
+
+
+@dataclass(frozen=True)
 class Run:
     """One line of runs.csv, as far as reports need it, with its curves by name (`valid/loss`)."""
 
@@ -55,6 +68,7 @@ class Run:
     finished: str
     curves: Mapping[str, Curve] = field(default_factory=dict)
     translations: tuple[Translation, ...] = ()
+    probes: tuple[Probe, ...] = ()
 
     @property
     def name(self) -> str:
@@ -97,6 +111,8 @@ def read_results(root: Path) -> Results:
     folder = root / "results"
     curves = read_curves(folder / "metrics.csv")
     runs = read_runs(folder / "runs.csv", curves, read_translated(folder / "translations.csv"))
+    probes = read_probed(folder / "probes.csv")
+    runs = tuple(replace(run, probes=probes[run.key]) if run.key in probes else run for run in runs)
     return Results(runs, read_references(folder / "paper.csv"))
 
 
@@ -153,6 +169,15 @@ def read_translated(path: Path) -> dict[str, tuple[Translation, ...]]:
         sentence = Translation(row["split"], int(row["line"]), row["source"], row["reference"], row["translation"])
         found.setdefault(row["run_key"], []).append(sentence)
     return {key: tuple(sorted(sentences, key=lambda s: (s.split, s.line))) for key, sentences in found.items()}
+
+
+def read_probed(path: Path) -> dict[str, tuple[Probe, ...]]:
+    """Reads probes.csv into the numbers from inside the memories of each run_key."""
+    found: dict[str, list[Probe]] = {}
+    for row in read_probes(path):
+        place = (int(row["layer"]), int(row["head"]), row["statistic"], float(row["x"]), int(row["y"]))
+        found.setdefault(row["run_key"], []).append(Probe(*place, float(row["mean"]), int(row["n"])))
+    return {key: tuple(numbers) for key, numbers in found.items()}
 
 
 def read_references(path: Path) -> dict[ReferenceKey, Reference]:

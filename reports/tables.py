@@ -41,19 +41,28 @@ def _points_table(selection: Selection, cells: Sequence[Cell]) -> Table:
     keys = {wording.point_value(cell.point)[0] for cell in cells}
     shown = [cell for cell in cells if cell.metric == selection.plan.spec.metrics[0]]
     header = ["method", *keys] if len(keys) == 1 else ["method", "point"]
+    compared = is_compared(cells)
     for statistic in STATISTICS:
-        header += [f"{statistic}: ours", f"{statistic}: released", "difference"]
+        header += [f"{statistic}: ours", f"{statistic}: released", "difference"][: 3 if compared else 1]
     lines = []
     for cell in shown:
         line = [cell.row, wording.point_value(cell.point)[1] if len(keys) == 1 else cell.point]
         for statistic in STATISTICS:
-            line += [
-                wording.summary(cell.ours[statistic], cell.metric.digits),
-                wording.released(cell, statistic),
-                wording.difference(cell, statistic),
-            ]
-        lines.append((*line, wording.steps(cell.steps["last"]), wording.released_steps(cell, "last")))
-    return Table((*header, "steps: ours", "steps: released"), tuple(lines), 2)
+            line += _ours_and_theirs(cell, statistic, compared)
+        line += [wording.steps(cell.steps["last"]), wording.released_steps(cell, "last")][: 2 if compared else 1]
+        lines.append(tuple(line))
+    return Table((*header, *("steps: ours", "steps: released")[: 2 if compared else 1]), tuple(lines), 2)
+
+
+def is_compared(cells: Sequence[Cell]) -> bool:
+    """Whether the paper or the authors' runs have any number to compare with."""
+    return any(cell.released or cell.released_steps for cell in cells)
+
+
+def _ours_and_theirs(cell: Cell, statistic: str, compared: bool) -> list[str]:
+    """Ours, the paper's, and the difference; ours alone where nothing is compared."""
+    ours = wording.summary(cell.ours[statistic], cell.metric.digits)
+    return [ours, wording.released(cell, statistic), wording.difference(cell, statistic)] if compared else [ours]
 
 
 def _columns_table(selection: Selection, cells: Sequence[Cell]) -> Table:
@@ -61,22 +70,16 @@ def _columns_table(selection: Selection, cells: Sequence[Cell]) -> Table:
     plan = selection.plan
     found = {(cell.row, cell.point, cell.metric.name): cell for cell in cells}
     columns = [(point, metric) for point in plan.points for metric in plan.spec.metrics]
-    header = ["model"]
+    header, compared = ["model"], is_compared(cells)
+    width = 3 if compared else 1
     for point, metric in columns:
-        header += [f"{wording.column(point, metric)}, {plan.statistic}: ours", "paper", "difference"]
+        header += [f"{wording.column(point, metric)}, {plan.statistic}: ours", "paper", "difference"][:width]
     lines = []
     for name in (name for row in plan.rows for name in plan.spec.lines_of(row)):
         line = [name]
         for point, metric in columns:
             cell = found.get((name, point, metric.name))
-            if cell is None:
-                line += ["", "", ""]
-                continue
-            line += [
-                wording.summary(cell.ours[plan.statistic], metric.digits),
-                wording.released(cell, plan.statistic),
-                wording.difference(cell, plan.statistic),
-            ]
+            line += [""] * width if cell is None else _ours_and_theirs(cell, plan.statistic, compared)
         lines.append(tuple(line))
     return Table(tuple(header), tuple(lines), 1)
 

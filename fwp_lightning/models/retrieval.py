@@ -87,7 +87,7 @@ class RetrievalModel(nn.Module):
 
     def forward(self, keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
         """Return predictions ``[B, Q, S]`` for key ids and value ids ``[B, T]`` and queried key ids ``[B, Q]``."""
-        q = linear(embedding(queries, self.key_embedding), self.W_q, self.b_q)
+        q = self._queries(queries)
         k, gates = self._plain_keys(keys, values) if self.compute == "plain" else self._factored_keys(keys, values)
         # all pairs of a step store its value
         values = values.repeat_interleave(self.memory.rule.pairs, dim=1)
@@ -96,6 +96,14 @@ class RetrievalModel(nn.Module):
         else:
             y = self._write_and_read(k, gates, values, q)
         return layer_norm(y, (self.n_keys,)) if self.readout_norm == "layer_norm" else y
+
+    def project(
+        self, keys: Tensor, values: Tensor, queries: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        """Return q ``[B, Q, 1, D]``, k ``[B, T, 1, D]``, one-hot values ``[B, T, 1, S]`` and gates, of the one head."""
+        k, gates = self._plain_keys(keys, values)
+        v = one_hot(values.repeat_interleave(self.memory.rule.pairs, dim=1), self.n_keys).to(k.dtype)
+        return self._queries(queries).unsqueeze(2), k, v.unsqueeze(2), gates
 
     def is_compiled(self) -> bool:
         """Whether training runs in C++; ``ValueError`` with the reason where it was asked for by name and cannot."""
@@ -137,6 +145,9 @@ class RetrievalModel(nn.Module):
         """Draw FAVOR+'s matrices of the next steps ``[n_steps or 1, m, D]``; None for other maps."""
         draw = getattr(self.memory.feature_map, "training_directions", None)
         return None if draw is None else draw(n_steps)
+
+    def _queries(self, queries: Tensor) -> Tensor:
+        return linear(embedding(queries, self.key_embedding), self.W_q, self.b_q)
 
     def _write_and_read(self, k: Tensor, gates: tuple[Tensor, ...], values: Tensor, q: Tensor) -> Tensor:
         v = one_hot(values, self.n_keys).to(k.dtype).unsqueeze(2)

@@ -34,6 +34,7 @@ from fwp_lightning.sweep.training import (
     ran_out_of_memory,
     random_state,
     read_weights,
+    record_texts,
     set_random_state,
     steps_of,
     why_not_weights_of,
@@ -215,6 +216,7 @@ def _record_success(cli: SingleCLI, subcommand: str) -> None:
         publish_checkpoint(recorder.folder)
     if subcommand == "fit":
         write_final(cli.model, yaml.safe_load((recorder.folder / "config.yaml").read_text("utf-8")), recorder.folder)
+        record_texts(cli.model, cli.trainer, recorder)
         recorder.log_points(measurements.summary(cli.trainer, cli.model), steps_of(cli.trainer, cli.model))
         tags["diverged"] = divergence_of(cli.model, measurements) or ""
     recorder.finish("FINISHED", tags)

@@ -636,7 +636,7 @@ def fit(run: Run, recorder: RunRecorder, shared: Circumstances, folder: Path, ra
             trainer.test(task, cli.datamodule, verbose=False)
     if diverged is None and trainer.is_global_zero:
         write_final(task, run.config, folder)
-        record_texts(task, recorder)
+        record_texts(task, trainer, recorder)
     recorder.log_points(measurements.summary(trainer, task), steps_of(trainer, task))
     return diverged
 
@@ -655,9 +655,12 @@ def write_final(task: LightningModule, config: Config, folder: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def record_texts(task: LightningModule, recorder: RunRecorder) -> None:
-    """Record what a complete run leaves to be read, by file name, and in a tag which texts there are."""
-    texts: dict[str, str] = getattr(task, "texts", dict)()
+def record_texts(task: LightningModule, trainer: Trainer, recorder: RunRecorder) -> None:
+    """Record what task and callbacks of a complete run leave to be read, by file name, and in a tag which there are."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    texts: dict[str, str] = {}
+    for part in (task, *callbacks):
+        texts |= getattr(part, "texts", dict)()
     for name, text in texts.items():
         recorder.log_text(name, text)
     if texts:
