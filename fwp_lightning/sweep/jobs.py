@@ -9,7 +9,6 @@ submitit hands a run to its job as a pickle in ``runs/slurm``, which that job al
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import subprocess
 import time
@@ -26,7 +25,7 @@ from fwp_lightning.slurm import Job, Resources, job_of_this_process, jobs_in_que
 from fwp_lightning.sweep import Plan, Sweep, check_rows_here
 from fwp_lightning.sweep.progress import Display
 from fwp_lightning.sweep.workers import WORKER_ENVIRONMENT, Outcome, Settings, import_file, prepare_torch
-from fwp_lightning.tracking import deliver_journals, experiment_id, open_store
+from fwp_lightning.tracking import deliver_journals, experiment_id, is_of_store, open_store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -45,7 +44,7 @@ class Signals:
     def __init__(self, grace: float) -> None:
         """Listen; a warning comes ``grace`` seconds before the time limit."""
         self.warned = False
-        self._asked_at: float | None = None
+        self._until: float | None = None
         self._grace = grace
         signal.signal(signal.SIGUSR2, self._warn)
         signal.signal(signal.SIGTERM, self._end)
@@ -61,11 +60,11 @@ class Signals:
 
     def _ask(self, later: float) -> None:
         until = time.monotonic() + later
-        self._asked_at = until if self._asked_at is None else min(self._asked_at, until)
+        self._until = until if self._until is None else min(self._until, until)
 
     def asked_to_stop(self) -> float | None:
         """Return for how many seconds the run should have ended, below 0 while there is time; None if it may go on."""
-        return None if self._asked_at is None else time.monotonic() - self._asked_at
+        return None if self._until is None else time.monotonic() - self._until
 
 
 def train_in_job(run: Run, settings: Settings, grace: float) -> str:
@@ -212,16 +211,25 @@ class SlurmSweep(Sweep):
         # where squeue does not answer nothing has changed
         gone = [key for key, job in self._jobs.items() if states is not None and job.id not in states]
         if gone:
-            deliver_journals(client, self.project)
-            stored = {run.run_key: run for run in read_store(client)}
-            for key in gone:
-                job = self._jobs.pop(key)
-                self._note(self._by_key[key], self._outcome(key, job, stored.get(key)))
-                for pickle in (self.project.runs / "slurm").glob(f"{job.id}_*.pkl"):
-                    pickle.unlink(missing_ok=True)
+            self._take_in(gone, client)
         running = [key for key, job in self._jobs.items() if states and states.get(job.id) == "RUNNING"]
         left = [self._by_key[key] for key in self._jobs]
         self._show([self._by_key[key] for key in running], left, max(1, len(running)), 0.0)
+
+    def _take_in(self, gone: Sequence[str], client: MlflowClient) -> None:
+        deliver_journals(client, self.project)
+        try:
+            stored = {run.run_key: run for run in read_store(client)}
+        except Exception as error:
+            if not is_of_store(error):
+                raise
+            # a server that is away is asked again with the next look
+            return
+        for key in gone:
+            job = self._jobs.pop(key)
+            self._note(self._by_key[key], self._outcome(key, job, stored.get(key)))
+            for pickle in (self.project.runs / "slurm").glob(f"{job.id}_*.pkl"):
+                pickle.unlink(missing_ok=True)
 
     def _outcome(self, key: str, job: Job, found: StoredRun | None) -> Outcome:
         """Return how a run ended whose job is no longer in the queue."""
@@ -241,6 +249,5 @@ class SlurmSweep(Sweep):
 
 def _last_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    with contextlib.suppress(IndexError):
-        return next(line for line in reversed(lines) if "error" in line.lower())
-    return lines[-1] if lines else sentence_of(error)
+    # behind sbatch's own words there may be a traceback of submitit's
+    return next((line for line in reversed(lines) if "error" in line.lower()), sentence_of(error))
