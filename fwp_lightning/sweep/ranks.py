@@ -133,14 +133,18 @@ def other_processes(run: Run, trainer: Trainer, ranks: Ranks, settings: Settings
             raise RuntimeError("\n".join(said)) from error
         raise
     finally:
-        for process, connection in others:
-            process.join(timeout=patience)
-            process.kill()
-            process.join()
-            connection.close()
-        # the next run of this process makes a group of its own
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        _end(others, patience)
+
+
+def _end(others: list[tuple[Any, Connection]], patience: float) -> None:
+    for process, connection in others:
+        process.join(timeout=patience)
+        process.kill()
+        process.join()
+        connection.close()
+    # the next run of this process makes a group of its own
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
