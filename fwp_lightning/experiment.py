@@ -24,7 +24,7 @@ from fwp_lightning.registry import did_you_mean
 
 Config = dict[str, Any]
 
-PROFILES = ("smoke", "short", "paper")
+PROFILES = ("smoke", "short", "short-gpu", "paper")
 # of an experiment that declares none
 DEFAULT_PROTOCOL = "released"
 STATISTICS = ("last", "best")

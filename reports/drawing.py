@@ -13,7 +13,7 @@ from reports.plan import load_plan, report_names, runs_of
 from reports.selection import Selection, collect, select
 from reports.sources import Results
 
-PROFILES = ("paper", "short", "smoke")
+PROFILES = ("paper", "short-gpu", "short", "smoke")
 """the order of the page: what proves most comes first"""
 
 

@@ -17,6 +17,7 @@ from reports.sources import Run, Translation
 
 PROFILE_WORDS = {
     "paper": "the claim itself, as in the paper",
+    "short-gpu": "a small real corpus at a size for one GPU",
     "short": "small real corpora, or the whole task at fewer sizes",
     "smoke": "a quick look that everything works; its numbers prove nothing",
 }

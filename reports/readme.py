@@ -13,7 +13,7 @@ from reports.sources import Results
 from reports.tables import Table, markdown_lines
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-BEST_FIRST = ("paper", "short", "smoke")
+BEST_FIRST = ("paper", "short-gpu", "short", "smoke")
 """the block shows the profile nearest to the paper that has runs"""
 
 
