@@ -13,8 +13,8 @@ INSTALLED := $(VENV)/.installed
 FAIRSEQ   := $(VENV)/.fairseq
 EXPERIMENTS := $(filter-out claims,$(sort $(basename $(notdir $(wildcard experiments/*.yaml)))))
 
-ifeq ($(filter smoke short paper,$(PROFILE)),)
-$(error PROFILE=$(PROFILE) is not known; choose PROFILE=smoke, PROFILE=short or PROFILE=paper)
+ifeq ($(filter smoke short short-gpu paper,$(PROFILE)),)
+$(error PROFILE=$(PROFILE) is not known; choose PROFILE=smoke, PROFILE=short, PROFILE=short-gpu (table2) or PROFILE=paper)
 endif
 
 # slow networks: wait longer and try again, unless the user has said otherwise
@@ -47,7 +47,7 @@ NO_FAIRSEQ = echo "fairseq was not installed (see above; it needs a C++ compiler
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@printf '%s\n' '' 'Options: PROFILE=smoke|short|paper (smoke)  PROTOCOL=released|corrected (what the experiment file names)' \
+	@printf '%s\n' '' 'Options: PROFILE=smoke|short|short-gpu|paper (smoke)  PROTOCOL=released|corrected (what the experiment file names)' \
 	  '         DATA=dir with train/valid/test.txt, or .en and .de, plain or gzipped (what was downloaded)  JOBS=n processes ($(JOBS) here)' \
 	  '         PYTHON=python3.11 or newer, used when .venv is made' \
 	  'Experiments: $(EXPERIMENTS)'

@@ -190,8 +190,10 @@ def _add_generate(commands: Any) -> None:
 
 
 def _add_bench(commands: Any) -> None:
-    bench = _add(commands, "bench", _bench, "measure the memories and the retrieval task on this machine")
-    bench.add_argument("--parts", type=_words, metavar="A,B", help="of rules,fused,growth,retrieval,generation (all)")
+    bench = _add(commands, "bench", _bench, "measure the memories and what is trained with them on this machine")
+    bench.add_argument(
+        "--parts", type=_words, metavar="A,B", help="of rules,fused,growth,retrieval,training,generation (all)"
+    )
     bench.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
     bench.add_argument("--shapes", type=_words, metavar="A,B", help="of S1,S2,S3,S4,P1,P2,M; on a CPU all but M")
     bench.add_argument("--sizes", type=_sizes, metavar="S,S", help="S of the retrieval task (20,100,600)")

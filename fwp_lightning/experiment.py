@@ -24,7 +24,7 @@ from fwp_lightning.yaml_files import read_yaml
 
 Config = dict[str, Any]
 
-PROFILES = ("smoke", "short", "paper")
+PROFILES = ("smoke", "short", "short-gpu", "paper")
 # of an experiment that declares none
 DEFAULT_PROTOCOL = "released"
 STATISTICS = ("last", "best")

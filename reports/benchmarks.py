@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import textwrap
@@ -147,19 +148,26 @@ def _device(found: Benchmarks) -> str:
             "The same with DPFP-3 and sum-normalised features computed in the kernel:\n\n"
             + _compared(fused, "features in the kernel, cpu", share=False)
         )
-    for part, passes, words, cell in (
-        ("growth", BOTH, "The delta rule over one sequence of T steps, 4 heads of 32 x 32: milliseconds / MiB.", _cost),
-        ("retrieval", "step", RETRIEVAL, None),
-        ("generation", "word", "Milliseconds a word / MiB kept, for the small language model:", _cost),
+    for part, passes, words, table in (
+        ("growth", BOTH, GROWTH, functools.partial(_matrix, cell=_cost)),
+        ("retrieval", "step", RETRIEVAL, functools.partial(_rates, ours="compiled", baselines=RETRIEVAL_BASELINES)),
+        ("training", "update", TRAINING, functools.partial(_rates, ours="auto", baselines=("reference",))),
+        ("generation", "word", GENERATION, functools.partial(_matrix, cell=_cost)),
     ):
         groups = found.part(part, passes)
         if groups:
-            table = _retrieval(groups) if cell is None else _matrix(groups, cell)
-            parts.append(f"{words}\n\n{table}")
+            parts.append(f"{words}\n\n{table(groups)}")
     return "\n\n".join(parts)
 
 
 RETRIEVAL_BASELINES = ("released", "plain")
+GROWTH = "The delta rule over one sequence of T steps, 4 heads of 32 x 32: milliseconds / MiB."
+GENERATION = "Milliseconds a word / MiB kept, for the small language model:"
+TRAINING = (
+    "Words a second of a language model in training (forward, backward, clipping, Adam), at the sizes of the profiles "
+    "`smoke` and `short` of Table 2, and the ratio to the same model with the loop over time steps (`backend: "
+    "reference`):"
+)
 RETRIEVAL = (
     "Optimiser steps of the retrieval task per second, data and evaluation included, as it is trained (compiled), and "
     "two ratios: to the released code's formulation, written out in PyTorch (sequences drawn one by one, every pair "
@@ -223,10 +231,12 @@ def _cost(row: Row) -> str:
     return f"{_ms(row['milliseconds'])}{memory}"
 
 
-def _retrieval(groups: Sequence[dict[str, Row]]) -> str:
+def _rates(groups: Sequence[dict[str, Row]], ours: str, baselines: Sequence[str]) -> str:
+    """One line per row, one column per size: what we do a second, and how many times as much as each baseline."""
     cells = {(row["rule"], row["shape"]): group for group in groups for row in list(group.values())[:1]}
-    rows, sizes = (sorted({key[i] for key in cells}, key=_place) for i in (0, 1))
-    lines = [(row, *(_steps_a_second(cells.get((row, size))) for size in sizes)) for row in rows]
+    rows = sorted({row for row, _ in cells}, key=_place)
+    sizes = list(dict.fromkeys(size for _, size in sorted(cells, key=lambda cell: _place(cell[1]))))
+    lines = [(row, *(_rate(cells.get((row, size)), ours, baselines) for size in sizes)) for row in rows]
     return "\n".join(markdown_lines(Table(("", *(size.replace("=", " = ") for size in sizes)), tuple(lines), 1)))
 
 
@@ -236,12 +246,19 @@ def _place(name: str) -> tuple[int, int, str]:
     return (known.index(name) if name in known else len(known), int(digits[1]) if digits else 0, name)
 
 
-def _steps_a_second(group: dict[str, Row] | None) -> str:
-    if group is None or "compiled" not in group:
+def _rate(group: dict[str, Row] | None, ours: str, baselines: Sequence[str]) -> str:
+    if group is None or ours not in group:
         return "" if group is None else "--"
-    ours = group["compiled"]
-    ratios = [f"{_ratio(group[name], ours)}x" if name in group else "--" for name in RETRIEVAL_BASELINES]
-    return f"{1000 / float(ours['milliseconds']):,.0f} ({', '.join(ratios)})"
+    mine = group[ours]
+    rate = f"{1000 * _words_of(mine['shape']) / float(mine['milliseconds']):,.0f}"
+    ratios = [f"{_ratio(group[name], mine)}x" if name in group else "--" for name in baselines]
+    return f"{rate} ({', '.join(ratios)})"
+
+
+def _words_of(shape: str) -> int:
+    """Words of an update of B segments of T words; 1 where a step has none."""
+    found = re.search(r"\bB(\d+) T(\d+)$", shape)
+    return int(found[1]) * int(found[2]) if found else 1
 
 
 # --- figure ----------------------------------------------------------------------------------------------------------

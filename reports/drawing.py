@@ -14,7 +14,7 @@ from reports.selection import Selection, collect, select
 from reports.sources import Results
 from reports.verdicts import Verdict
 
-PROFILES = ("paper", "short", "smoke")
+PROFILES = ("paper", "short-gpu", "short", "smoke")
 """the order of the page: what proves most comes first"""
 OTHERS = (verdict_tables.NAME, "bench", "readme")
 """what can be asked for beside the experiments"""

@@ -19,6 +19,7 @@ from reports.verdicts import Verdict
 
 PROFILE_WORDS = {
     "paper": "the claim itself, as in the paper",
+    "short-gpu": "a small real corpus at a size for one GPU",
     "short": "small real corpora, or the whole task at fewer sizes",
     "smoke": "a quick look that everything works; its numbers prove nothing",
 }

@@ -17,7 +17,7 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 README, FAMILY = Path("README.md"), Path("fwp_lightning") / "attention" / "README.md"
 BLOCKS = {README: "results block", FAMILY: "table of the family"}
 FAMILY_BEGIN, FAMILY_END = "<!-- family:begin -->", "<!-- family:end -->"
-BEST_FIRST = ("paper", "short", "smoke")
+BEST_FIRST = ("paper", "short-gpu", "short", "smoke")
 """the block shows the profile nearest to the paper that has runs"""
 
 

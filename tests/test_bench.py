@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import shutil
@@ -24,14 +25,17 @@ from fwp_lightning.bench import (
     released_retrieval,
     retrieval,
     rules,
+    training,
 )
 from fwp_lightning.bench.candidates import Candidate, draw_inputs, truth_of
 from fwp_lightning.bench.clocks import Spread
 from fwp_lightning.bench.records import Group, Measurement
 from fwp_lightning.bench.shapes import QUICK, SHAPES, gigaflop, shapes_for
 from fwp_lightning.cli import main
+from fwp_lightning.data.corpora import KNOWN_CORPORA
+from fwp_lightning.data.facts import LEXICON
 from fwp_lightning.data.retrieval import RetrievalBlock, RetrievalData
-from fwp_lightning.experiment import Project
+from fwp_lightning.experiment import Project, load_experiment, resolve_runs
 from fwp_lightning.memory import needed_memory_mb
 from fwp_lightning.results_csv import BENCHMARK_COLUMNS, read_benchmarks
 from fwp_lightning.tasks.retrieval import retrieval_loss
@@ -197,6 +201,31 @@ def test_a_decoder_that_forgets_its_state_gets_no_number(monkeypatch: pytest.Mon
     assert decoding._disagreement(forgetful)
 
 
+def test_a_language_model_with_other_losses_gets_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = training.Trainer.update
+
+    def update(self: training.Trainer, words: Tensor) -> float:
+        loss = honest(self, words)
+        return loss + 0.01 * (self.model.blocks[0].attention.memory.config.backend == "auto")
+
+    monkeypatch.setattr(training.Trainer, "update", update)
+    told: list[str] = []
+    results = list(training.measure_training(settings(told)))
+    assert [group.rule for group, _ in results] == list(training.ROWS)
+    assert [[m.backend for m in measurements] for _, measurements in results] == [["reference"]] * len(results)
+    assert told[0].startswith("auto is not measured for Linear Transformer at quick: its losses are off by 1.0e-02")
+
+
+def test_language_models_are_measured_at_the_sizes_of_table_2() -> None:
+    for profile, size in training.SIZES.items():
+        run = resolve_runs(load_experiment("table2", Project(ROOT)), profile=profile)[0]
+        model, data = run.config["model"]["init_args"], run.config["data"]["init_args"]
+        assert dataclasses.asdict(size.architecture) == {**model["architecture"], "dropout": 0.0}
+        assert (size.batch, size.length) == (data["batch_size"], data["length"])
+        known = KNOWN_CORPORA.get(data["corpus"])
+        assert size.n_words == (known.vocabulary_size if known else 1 + len(LEXICON))
+
+
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
@@ -310,6 +339,18 @@ def test_readme_has_what_the_csv_gives(tmp_path: Path) -> None:
     assert cells[3] == ["", "T = 256", "T = 1024"]
     assert cells[5] == ["`cpu`", "1.50 / 3.00", "1.50 / 3.00"]
     assert cells[-1] == ["DPFP-1", "2,000 (150x, 100x)"]
+
+
+def test_readme_has_words_a_second_and_how_many_times_those_of_the_loop(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "benchmarks" / "cpu.csv"
+    for size in ("short B8 T256", "smoke B16 T64"):
+        group = Group("training", "Delta Network", size, "float32", 1, "cpu", "update")
+        records.save(path, lines(group, reference=400.0, auto=20.0))
+    text = benchmarks.block(tmp_path)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert cells[0] == ["", "short B8 T256", "smoke B16 T64"]
+    # 8 x 256 and 16 x 64 words in 20 ms
+    assert cells[-1] == ["Delta Network", "102,400 (20x)", "51,200 (20x)"]
 
 
 def test_readme_of_this_project_is_that_of_its_csv() -> None:

@@ -92,6 +92,20 @@ def test_numbers_of_the_paper_profile_are_those_of_section_6_3() -> None:
                 assert model["evaluation"]["contexts"] == [[15, 1], [64, 64], [128, 128], [384, 384]]
 
 
+def test_sizes_of_the_short_profiles_are_apart() -> None:
+    cpu, gpu = (runs_of("table2", profile) for profile in ("short", "short-gpu"))
+    assert [(run.row, run.point) for run in cpu] == [(run.row, run.point) for run in gpu]
+    assert {run.config["trainer"]["accelerator"] for run in cpu} == {"cpu"}
+    assert {run.config["trainer"]["accelerator"] for run in gpu} == {"gpu"}
+    # no run of one can stand in a table of the other
+    assert len({run.run_key for run in [*cpu, *gpu]}) == len(cpu) + len(gpu)
+    assert {run.profile for run in gpu} == {"short-gpu"}
+    for run in gpu:
+        between = run.config["trainer"]["check_val_every_n_epoch"] * run.config["data"]["init_args"]["steps_per_block"]
+        assert settings(run)["max_steps"] % between == 0
+        assert "6 layers" in run.deviations
+
+
 # rule, feature_map, phi_norm, attention_norm of the paper's rows
 AXES = {
     ("table2", "Transformer"): ("softmax", "identity", "none", "none"),

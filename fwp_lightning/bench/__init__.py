@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from fwp_lightning import compiled
-from fwp_lightning.bench import decoding, records, retrieval, rules
+from fwp_lightning.bench import decoding, records, retrieval, rules, training
 from fwp_lightning.bench.records import Group, Measurement
 from fwp_lightning.bench.rules import Result, Settings
 from fwp_lightning.bench.shapes import shapes_for
@@ -24,7 +24,7 @@ from fwp_lightning.experiment import Project
 from fwp_lightning.registry import did_you_mean
 from fwp_lightning.tracking import Origin
 
-PARTS = ("rules", "fused", "growth", "retrieval", "generation")
+PARTS = ("rules", "fused", "growth", "retrieval", "training", "generation")
 DEVICES = ("cpu", "cuda")
 # share of the cores that others may keep busy unremarked
 BUSY = 0.3
@@ -105,6 +105,7 @@ def _measured(parts: list[str], request: Request, settings: Settings) -> Iterato
         "fused": lambda: rules.measure_fused(settings),
         "growth": lambda: rules.measure_growth(settings),
         "retrieval": lambda: retrieval.measure_retrieval(settings, request.sizes),
+        "training": lambda: training.measure_training(settings),
         "generation": lambda: decoding.measure_generation(settings),
     }
     for part in parts:
