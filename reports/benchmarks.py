@@ -179,7 +179,7 @@ def _compared(groups: Sequence[dict[str, Row]], ours: str, *, share: bool) -> st
         dtype = "" if mine["dtype"] == "float32" else f", {mine['dtype']}"
         lines.append((f"{mine['rule']}, {mine['shape']}{dtype}", _spread(mine), *rate, *ratios))
     header = ("", f"{_word(ours)}, ms", *(["of gemm"] if share else []), *(map(_word, others)))
-    return "\n".join(markdown_lines(Table(header, tuple(lines), 1)))
+    return "\n".join(markdown_lines(Table(header, tuple(lines), 1, ())))
 
 
 def _word(backend: str) -> str:
@@ -212,7 +212,7 @@ def _matrix(groups: Sequence[dict[str, Row]], cell: Callable[[Row], str]) -> str
     columns = [next(iter(group.values()))["shape"] for group in groups]
     titles = [f"T = {_steps(column)}" if _steps(column) else column for column in columns]
     lines = [(_word(name), *(cell(group[name]) if name in group else "--" for group in groups)) for name in backends]
-    return "\n".join(markdown_lines(Table(("", *titles), tuple(lines), 1)))
+    return "\n".join(markdown_lines(Table(("", *titles), tuple(lines), 1, ())))
 
 
 def _cost(row: Row) -> str:
@@ -224,7 +224,7 @@ def _retrieval(groups: Sequence[dict[str, Row]]) -> str:
     cells = {(row["rule"], row["shape"]): group for group in groups for row in list(group.values())[:1]}
     rows, sizes = (sorted({key[i] for key in cells}, key=_place) for i in (0, 1))
     lines = [(row, *(_steps_a_second(cells.get((row, size))) for size in sizes)) for row in rows]
-    return "\n".join(markdown_lines(Table(("", *(size.replace("=", " = ") for size in sizes)), tuple(lines), 1)))
+    return "\n".join(markdown_lines(Table(("", *(size.replace("=", " = ") for size in sizes)), tuple(lines), 1, ())))
 
 
 def _place(name: str) -> tuple[int, int, str]:

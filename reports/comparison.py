@@ -251,7 +251,7 @@ def _table(members: Iterable[Change]) -> Table:
         p = "--" if math.isnan(change.p_holm) else wording.number(change.p_holm)
         name = f"{change.statistic} {change.metric.name}"
         lines.append((change.row, change.point, name, *shown, signed, p, change.verdict))
-    return Table(header, tuple(lines), 3)
+    return Table(header, tuple(lines), 3, ())
 
 
 def summary(changes: Sequence[Change]) -> str:

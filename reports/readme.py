@@ -93,7 +93,7 @@ def _table(selection: Selection, results: Results) -> Table:
     cells = {(cell.row, cell.point): cell for cell in collect(selection, results)}
     header = ("method", *(" = ".join(wording.point_value(point)) for point in plan.spec.readme))
     lines = [(row, *(_pair(cells.get((row, point)), plan) for point in plan.spec.readme)) for row in plan.rows]
-    return Table(header, tuple(lines), 1)
+    return Table(header, tuple(lines), 1, ())
 
 
 def _pair(cell: Cell | None, plan: Plan) -> str:

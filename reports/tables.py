@@ -29,6 +29,8 @@ class Table:
     lines: tuple[tuple[str, ...], ...]
     n_names: int
     """how many leading columns name the line; the others hold numbers"""
+    places: tuple[tuple[tuple[str, str] | None, ...], ...]
+    """for each text of each line the row and point whose runs it sums up, None where it sums up none"""
 
 
 def build(selection: Selection, cells: Sequence[Cell]) -> Table:
@@ -44,6 +46,7 @@ def _points_table(selection: Selection, cells: Sequence[Cell]) -> Table:
     for statistic in STATISTICS:
         header += [f"{statistic}: ours", f"{statistic}: released", "difference"]
     lines = []
+    row_of = selection.plan.row_of
     for cell in shown:
         line = [cell.row, wording.point_value(cell.point)[1] if len(keys) == 1 else cell.point]
         for statistic in STATISTICS:
@@ -53,7 +56,9 @@ def _points_table(selection: Selection, cells: Sequence[Cell]) -> Table:
                 wording.difference(cell, statistic),
             ]
         lines.append((*line, wording.steps(cell.steps["last"]), wording.released_steps(cell, "last")))
-    return Table((*header, "steps: ours", "steps: released"), tuple(lines), 2)
+    ours = [heading == "steps: ours" or heading.endswith(": ours") for heading in (*header, "steps: ours", "")]
+    places = [tuple((row_of[cell.row], cell.point) if mine else None for mine in ours) for cell in shown]
+    return Table((*header, "steps: ours", "steps: released"), tuple(lines), 2, tuple(places))
 
 
 def _columns_table(selection: Selection, cells: Sequence[Cell]) -> Table:
@@ -65,9 +70,13 @@ def _columns_table(selection: Selection, cells: Sequence[Cell]) -> Table:
     for point, metric in columns:
         name = " ".join(part for part in (wording.point_value(point)[1], metric.label) if part)
         header += [f"{name}, {plan.statistic}: ours", "paper", "difference"]
-    lines = []
+    lines, places = [], []
     for name in (name for row in plan.rows for name in plan.spec.lines_of(row)):
         line = [name]
+        place = [
+            (plan.row_of[name], point) if (name, point, metric.name) in found else None for point, metric in columns
+        ]
+        places.append((None, *(p for ours in place for p in (ours, None, None))))
         for point, metric in columns:
             cell = found.get((name, point, metric.name))
             if cell is None:
@@ -79,7 +88,7 @@ def _columns_table(selection: Selection, cells: Sequence[Cell]) -> Table:
                 wording.difference(cell, plan.statistic),
             ]
         lines.append(tuple(line))
-    return Table(tuple(header), tuple(lines), 1)
+    return Table(tuple(header), tuple(lines), 1, tuple(places))
 
 
 def save(table: Table, stem: Path, selection: Selection, cells: Sequence[Cell]) -> list[Path]:
