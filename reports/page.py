@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from reports import figures, memory_figures, tables, verdict_tables, wording
 from reports.palette import DARK, looks_of
-from reports.plan import MEMORY_KINDS
+from reports.plan import MEMORY_KINDS, Plan
 from reports.selection import Cell, Selection
 from reports.sources import Run, Translation
 from reports.verdicts import Verdict
@@ -58,6 +58,26 @@ class MatrixCell:
 
     ours: str
     released: str
+    link: str
+
+
+@dataclass(frozen=True)
+class RunLine:
+    """One run as the page lists it."""
+
+    run: Run
+    link: str
+    commit: str
+    time: str
+
+
+@dataclass(frozen=True)
+class RunList:
+    """The runs of one experiment in one profile and protocol, those of a row and point together."""
+
+    plan: Plan
+    groups: Sequence[tuple[str, str, str, Sequence[RunLine]]]
+    """link, row, point and runs"""
 
 
 def write(path: Path, entries: Sequence[Entry], verdicts: Sequence[Verdict] = ()) -> None:
@@ -72,7 +92,11 @@ def write(path: Path, entries: Sequence[Entry], verdicts: Sequence[Verdict] = ()
     template = environment.get_template("page.html.j2")
     path.parent.mkdir(parents=True, exist_ok=True)
     html = template.render(
-        groups=_groups(entries), colours=DARK, profile_words=PROFILE_WORDS, claims=_claims(entries, verdicts)
+        groups=_groups(entries),
+        run_lists=_run_lists(entries),
+        colours=DARK,
+        profile_words=PROFILE_WORDS,
+        claims=_claims(entries, verdicts),
     )
     path.write_text(html, encoding="utf-8", newline="\n")
 
@@ -114,18 +138,21 @@ def _groups(entries: Sequence[Entry]) -> list[dict[str, object]]:
 def _context(entry: Entry) -> dict[str, object]:
     selection, plan = entry.selection, entry.selection.plan
     files = f"{plan.profile}/{plan.protocol}/{plan.name}"
+    table = tables.build(selection, entry.cells)
     return {
         "anchor": entry.anchor,
         "plan": plan,
         "svg": figures.to_svg(entry.figure, entry.anchor) if entry.figure else "",
         "is_table": plan.spec.kind == "table",
-        "table": tables.build(selection, entry.cells),
+        "table": table,
+        "links": [[_link(selection, place) for place in places] for places in table.places],
         "matrix": _matrix(selection, entry.cells),
         "compared": tables.is_compared(entry.cells),
         "looks": looks_of(plan.rows),
         "completeness": wording.completeness(selection),
         "share": selection.n_found / plan.n_planned,
         "hours": wording.hours(selection),
+        "n_runs": f"{len(selection.runs)} run{'s' if len(selection.runs) > 1 else ''}",
         "commits": ", ".join(selection.commits) or "unknown",
         "newest": selection.newest,
         "place": wording.place(plan),
@@ -143,7 +170,7 @@ def _matrix(selection: Selection, cells: Sequence[Cell]) -> list[tuple[str, list
     found = {(cell.row, cell.point): cell for cell in cells if cell.metric == plan.spec.metrics[0]}
     lines = []
     for point in plan.points:
-        line = [_matrix_cell(found.get((row, point)), plan.statistic) for row in plan.rows]
+        line = [_matrix_cell(selection, found.get((row, point))) for row in plan.rows]
         lines.append((wording.point_value(point)[1], line))
     return lines
 
@@ -169,10 +196,47 @@ def _sentences(selection: Selection) -> list[Sentence]:
     ]
 
 
-def _matrix_cell(cell: Cell | None, statistic: str) -> MatrixCell | None:
+def _matrix_cell(selection: Selection, cell: Cell | None) -> MatrixCell | None:
+    plan = selection.plan
     if cell is None:
         return None
-    return MatrixCell(wording.summary(cell.ours[statistic], cell.metric.digits), wording.released(cell, statistic))
+    ours = wording.summary(cell.ours[plan.statistic], cell.metric.digits)
+    link = _link(selection, (plan.row_of[cell.row], cell.point))
+    return MatrixCell(ours, wording.released(cell, plan.statistic), link)
+
+
+def _link(selection: Selection, place: tuple[str, str] | None) -> str:
+    """The id of the runs behind a number, empty where there are none."""
+    runs = selection.runs_of(*place) if place else []
+    return f"runs-{runs[0].key}" if runs else ""
+
+
+def _run_lists(entries: Sequence[Entry]) -> list[RunList]:
+    """Every run that the page sums up, once: figures that show parts of others share theirs."""
+    by_place: dict[tuple[str, str, str], list[Selection]] = {}
+    for entry in entries:
+        plan = entry.selection.plan
+        by_place.setdefault((plan.runs_of, plan.profile, plan.protocol), []).append(entry.selection)
+    return [_run_list(members) for members in by_place.values()]
+
+
+def _run_list(selections: Sequence[Selection]) -> RunList:
+    # the experiment's own report, where it is drawn, shows all that its views show
+    whole = max(selections, key=lambda selection: len(selection.runs))
+    places: dict[tuple[str, str], Selection] = {}
+    for selection in (whole, *selections):
+        for run in selection.runs:
+            places.setdefault((run.row, run.point), selection)
+    groups = [
+        (_link(selection, place), *place, [_run_line(run) for run in selection.runs_of(*place)])
+        for place, selection in places.items()
+    ]
+    return RunList(whole.plan, groups)
+
+
+def _run_line(run: Run) -> RunLine:
+    commit = (run.commit[:10] + ("+" if run.dirty else "")) or "unknown"
+    return RunLine(run, f"run-{run.key}", commit, wording.duration(run.wall_seconds))
 
 
 def _data_uri(text: str) -> str:

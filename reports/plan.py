@@ -110,6 +110,11 @@ class Plan:
         return sum(len(seeds) for seeds in self.seeds.values())
 
     @property
+    def row_of(self) -> dict[str, str]:
+        """The row behind each line of a table."""
+        return {line: row for row in self.rows for line in self.spec.lines_of(row)}
+
+    @property
     def reproduce(self) -> str:
         """The command that trains what is missing and draws the report."""
         protocol = "" if self.is_default_protocol else f" PROTOCOL={self.protocol}"

@@ -64,6 +64,8 @@ class Run:
     wall_seconds: float
     commit: str
     dirty: bool
+    config_sha256: str
+    steps: str
     deviations: str
     finished: str
     curves: Mapping[str, Curve] = field(default_factory=dict)
@@ -143,6 +145,8 @@ def _run(line: Mapping[str, str], curves: Mapping[str, Curve], translations: tup
         wall_seconds=float(line["wall_seconds"] or 0),
         commit=line["git_commit"],
         dirty=line["git_dirty"].lower() == "true",
+        config_sha256=line["config_sha256"],
+        steps=line["steps"],
         deviations=line["deviations"],
         finished=line["finished"],
         curves=curves,

@@ -29,6 +29,8 @@ class Table:
     lines: tuple[tuple[str, ...], ...]
     n_names: int
     """how many leading columns name the line; the others hold numbers"""
+    places: tuple[tuple[tuple[str, str] | None, ...], ...] = ()
+    """for each text of each line the row and point whose runs it sums up, None where it sums up none"""
 
 
 def build(selection: Selection, cells: Sequence[Cell]) -> Table:
@@ -45,13 +47,17 @@ def _points_table(selection: Selection, cells: Sequence[Cell]) -> Table:
     for statistic in STATISTICS:
         header += [f"{statistic}: ours", f"{statistic}: released", "difference"][: 3 if compared else 1]
     lines = []
+    row_of = selection.plan.row_of
     for cell in shown:
         line = [cell.row, wording.point_value(cell.point)[1] if len(keys) == 1 else cell.point]
         for statistic in STATISTICS:
             line += _ours_and_theirs(cell, statistic, compared)
         line += [wording.steps(cell.steps["last"]), wording.released_steps(cell, "last")][: 2 if compared else 1]
         lines.append(tuple(line))
-    return Table((*header, *("steps: ours", "steps: released")[: 2 if compared else 1]), tuple(lines), 2)
+    header += ["steps: ours", "steps: released"][: 2 if compared else 1]
+    ours = [heading.endswith(": ours") for heading in header]
+    places = [tuple((row_of[cell.row], cell.point) if mine else None for mine in ours) for cell in shown]
+    return Table(tuple(header), tuple(lines), 2, tuple(places))
 
 
 def is_compared(cells: Sequence[Cell]) -> bool:
@@ -74,14 +80,18 @@ def _columns_table(selection: Selection, cells: Sequence[Cell]) -> Table:
     width = 3 if compared else 1
     for point, metric in columns:
         header += [f"{wording.column(point, metric)}, {plan.statistic}: ours", "paper", "difference"][:width]
-    lines = []
+    lines, places = [], []
     for name in (name for row in plan.rows for name in plan.spec.lines_of(row)):
         line = [name]
+        place = [
+            (plan.row_of[name], point) if (name, point, metric.name) in found else None for point, metric in columns
+        ]
+        places.append((None, *(p for ours in place for p in (ours, None, None)[:width])))
         for point, metric in columns:
             cell = found.get((name, point, metric.name))
             line += [""] * width if cell is None else _ours_and_theirs(cell, plan.statistic, compared)
         lines.append(tuple(line))
-    return Table(tuple(header), tuple(lines), 1)
+    return Table(tuple(header), tuple(lines), 1, tuple(places))
 
 
 def save(table: Table, stem: Path, selection: Selection, cells: Sequence[Cell]) -> list[Path]:

@@ -101,6 +101,14 @@ def hours(selection: Selection) -> str:
     return f"{value:.1f} h" if value >= 1 else f"{value:.2f} h ({value * 60:.1f} min)"
 
 
+def duration(seconds: float) -> str:
+    """The time of one run in hours, minutes or seconds, whichever is short."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
 def completeness(selection: Selection) -> str:
     """How many of the planned runs are there, and what is wrong with the others."""
     plan = selection.plan

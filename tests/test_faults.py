@@ -371,9 +371,15 @@ def test_a_journal_that_is_half_delivered(
     finish(tracked, refused)
     assert len(list(tracked.project.runs.glob("*/journal.jsonl"))) == len(runs)
     assert end_of(fork(tracked, half)) == -signal.SIGKILL
+    twins = twins_of(tmp_path, "twin", empty_store, rows=["plain"])
+    # what stands as complete in the store has all its points there
+    client = open_store(tracked.project)
+    for run in (run for run in read_store(client) if run.outcome == "complete"):
+        found = read_points(client, [run.run_id]).get(run.run_id, [])
+        assert len(found) == len(twins[run.tags["row"], run.tags["point"], run.tags["seed"]]["points"])
     finish(tracked, lambda: sweep(tracked, runs))
     assert not list(tracked.project.runs.glob("*/journal.jsonl"))
-    counts = audit(tracked, runs, twins_of(tmp_path, "twin", empty_store, rows=["plain"]), open_store(tracked.project))
+    counts = audit(tracked, runs, twins, open_store(tracked.project))
     counts.say(capsys, "a journal whose delivery was killed", len(runs))
 
 

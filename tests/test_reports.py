@@ -640,6 +640,48 @@ def test_readme_point_that_no_profile_has(bench: Bench) -> None:
         check_report_section("figure8", bench.project)
 
 
+# --- from a number to its runs ----------------------------------------------------------------------------------------
+
+
+def test_every_number_of_ours_leads_to_its_runs(full: Bench) -> None:
+    full.add("Delta Network", [35.0], experiment="table9", point="", protocol="corrected", metric="valid/perplexity")
+    assert full.draw() == 0
+    page = (full.root / "reports/output/index.html").read_text()
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
+    for run in full.runs:
+        assert ids.count(f"run-{run['run_key']}") == 1
+    # two seeds make one number
+    first, second = (run["run_key"] for run in full.runs if (run["row"], run["point"], run["profile"]) == FIRST)
+    (group,) = re.findall(rf'<tbody id="runs-{first}">.*?</tbody>', page, re.DOTALL)
+    assert second in group
+    assert "0123456789" in group
+    assert f'<a href="#runs-{first}">0.180 ± 0.085 (2)</a>' in page
+    # a number without a run leads nowhere
+    assert "-- (0/2)</a>" not in page
+
+
+FIRST = ("DPFP-1", "n_keys=20", "short")
+
+
+def test_a_line_of_a_run_scored_in_several_ways_leads_to_that_run(bench: Bench) -> None:
+    lines = {"Linear Transformer": {"short memory": "_1", "long memory": "_2"}}
+    bench.edit("table9", report=TABLE["report"] | {"lines": lines})
+    key = bench.add("Linear Transformer", [90.0], experiment="table9", point="", protocol="corrected",
+                    metric="valid/perplexity_1")  # fmt: skip
+    bench.add("Linear Transformer", [20.0], experiment="table9", point="", protocol="corrected", key=key,
+              metric="valid/perplexity_2")  # fmt: skip
+    bench.draw()
+    page = (bench.root / "reports/output/index.html").read_text()
+    assert page.count(f'<a href="#runs-{key}">90.0 (1)</a>') == page.count(f'<a href="#runs-{key}">20.0 (1)</a>') == 1
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.44, "0.4 s"), (90, "1.5 min"), (5400, "1.5 h")])
+def test_the_time_of_a_run_is_short(seconds: float, text: str) -> None:
+    assert wording.duration(seconds) == text
+
+
 # --- README ----------------------------------------------------------------------------------------------------------
 
 
