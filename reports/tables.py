@@ -35,24 +35,33 @@ def build(selection: Selection, cells: Sequence[Cell]) -> Table:
     return _columns_table(selection, cells) if selection.plan.spec.kind == "table" else _points_table(selection, cells)
 
 
+def _compared(cells: Sequence[Cell]) -> bool:
+    """Whether the paper or its authors have any number of these rows; an experiment beyond the paper has ours alone."""
+    return any(cell.released for cell in cells)
+
+
 def _points_table(selection: Selection, cells: Sequence[Cell]) -> Table:
     """One line per row and point: last, best and steps."""
     keys = {wording.point_value(cell.point)[0] for cell in cells}
     shown = [cell for cell in cells if cell.metric == selection.plan.spec.metrics[0]]
+    compared = _compared(cells)
     header = ["method", *keys] if len(keys) == 1 else ["method", "point"]
     for statistic in STATISTICS:
-        header += [f"{statistic}: ours", f"{statistic}: released", "difference"]
+        header += [f"{statistic}: ours", *([f"{statistic}: released", "difference"] if compared else [])]
     lines = []
     for cell in shown:
         line = [cell.row, wording.point_value(cell.point)[1] if len(keys) == 1 else cell.point]
         for statistic in STATISTICS:
-            line += [
-                wording.summary(cell.ours[statistic], cell.metric.digits),
-                wording.released(cell, statistic),
-                wording.difference(cell, statistic),
-            ]
-        lines.append((*line, wording.steps(cell.steps["last"]), wording.released_steps(cell, "last")))
-    return Table((*header, "steps: ours", "steps: released"), tuple(lines), 2)
+            line += _three(cell, statistic)[: 3 if compared else 1]
+        steps = (wording.steps(cell.steps["last"]), wording.released_steps(cell, "last"))
+        lines.append((*line, *steps[: 2 if compared else 1]))
+    return Table((*header, *("steps: ours", "steps: released")[: 2 if compared else 1]), tuple(lines), 2)
+
+
+def _three(cell: Cell, statistic: str) -> list[str]:
+    """Ours, the reference, the difference."""
+    ours = wording.summary(cell.ours[statistic], cell.metric.digits)
+    return [ours, wording.released(cell, statistic), wording.difference(cell, statistic)]
 
 
 def _columns_table(selection: Selection, cells: Sequence[Cell]) -> Table:
@@ -60,23 +69,16 @@ def _columns_table(selection: Selection, cells: Sequence[Cell]) -> Table:
     plan = selection.plan
     found = {(cell.row, cell.point, cell.metric.name): cell for cell in cells}
     columns = [(point, metric) for point in plan.points for metric in plan.spec.metrics]
-    header = ["model"]
+    header, width = ["model"], 3 if _compared(cells) else 1
     for point, metric in columns:
         name = " ".join(part for part in (wording.point_value(point)[1], metric.label) if part)
-        header += [f"{name}, {plan.statistic}: ours", "paper", "difference"]
+        header += [f"{name}, {plan.statistic}: ours", "paper", "difference"][:width]
     lines = []
     for name in (name for row in plan.rows for name in plan.spec.lines_of(row)):
         line = [name]
         for point, metric in columns:
             cell = found.get((name, point, metric.name))
-            if cell is None:
-                line += ["", "", ""]
-                continue
-            line += [
-                wording.summary(cell.ours[plan.statistic], metric.digits),
-                wording.released(cell, plan.statistic),
-                wording.difference(cell, plan.statistic),
-            ]
+            line += ([""] * 3 if cell is None else _three(cell, plan.statistic))[:width]
         lines.append(tuple(line))
     return Table(tuple(header), tuple(lines), 1)
 
