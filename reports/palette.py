@@ -38,9 +38,24 @@ LOOKS = {
     "Schlag (2021) with DPFP-1": Look("#BC3FD6", "#DE7DF2", "X"),
     "FAVOR+ (64) delta": Look("#E9C84A", "#F1D667", "v"),
     "FAVOR+ (128) delta": Look("#653A1B", "#BF8A60", "<"),
+    # the family beyond the paper
+    "FWP (1991)": Look("#7F0D3F", "#EC5195", "H"),
+    "FWP (1991) linear": Look("#0B0776", "#5651EC", "H"),
+    "Decay (2016)": Look("#4BDBB0", "#7EE5C6", "d"),
+    "Gated (2021)": Look("#7B0009", "#EC515C", "p"),
+    "ReLU": Look("#2218E9", "#5A52EC", "h"),
+    "Exp": Look("#C30B01", "#EC5951", "*"),
+    "Softmax features": Look("#1071DD", "#519AEC", "p"),
+    "Hedgehog": Look("#314274", "#778BC5", "P"),
+    "DPFP-1 gated delta": Look("#497B8B", "#80AEBC", "h"),
+    "DPFP-1 delta product": Look("#E3CC0A", "#ECDB51", "*"),
+    "DPFP-1 delta l2": Look("#73AEDA", "#A3CAE7", "s"),
+    "SiLU delta": Look("#AB6456", "#BF897F", ">"),
+    "SiLU gated delta": Look("#B9D378", "#D1E2A6", "<"),
 }
-# Figure 3 names the rule of what Figure 2 calls DPFP-1
-LOOKS["DPFP-1 sum"] = LOOKS["DPFP-1"]
+# Figure 3 names the rule of what Figure 2 calls DPFP-1; a map keeps its look under another rule
+LOOKS |= {"DPFP-1 sum": LOOKS["DPFP-1"]}
+LOOKS |= {f"{name} delta": LOOKS[name] for name in ("ReLU", "Softmax features", "Hedgehog")}
 
 # for methods that the paper does not have, in the order of the experiment file
 SPARE = (

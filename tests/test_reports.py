@@ -434,6 +434,13 @@ def test_figures_on_the_page_take_the_pages_colours(full: Bench) -> None:
 FIGURE2 = ["Softmax", "Linear", "FAVOR+ (64)", "FAVOR+ (128)", "FAVOR+ (512)", "DPFP-1", "DPFP-2", "DPFP-3"]
 FIGURE5 = ["DPFP-1 delta", "DPFP-1 sum", "Schlag (2021)", "Schlag (2021) with DPFP-1", "DPFP-2 delta", "Linear delta",
            "FAVOR+ (64) delta", "FAVOR+ (128) delta"]  # fmt: skip
+FAMILY = [
+    "family_figure2_maps",
+    "family_figure2_rules",
+    "family_figure3",
+    "family_figure5_maps",
+    "family_figure5_rules",
+]
 # Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB
 SEEN_BY = {
     "most": np.eye(3),
@@ -458,7 +465,11 @@ def lab(colour: str, seen: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("who", SEEN_BY)
-@pytest.mark.parametrize("rows", [FIGURE2, FIGURE5], ids=["figure2", "figure5"])
+@pytest.mark.parametrize(
+    "rows",
+    [FIGURE2, FIGURE5, *(load_plan(Project(ROOT), name, "short").rows for name in FAMILY)],
+    ids=["figure2", "figure5", *FAMILY],
+)
 def test_colours_of_one_figure_are_told_apart(rows: list[str], who: str) -> None:
     close = [
         (one, other, round(distance, 1))
@@ -792,7 +803,7 @@ def test_paper_numbers_refuse_an_unknown_row(tmp_path: Path, capsys: pytest.Capt
 def test_experiment_files_name_rows_and_points_as_paper_csv_does() -> None:
     project, references = Project(ROOT), read_references(ROOT / "results" / "paper.csv")
     known = {key[:3] for key in references}
-    for name in report_names(project):
+    for name in set(report_names(project)) - {"family_figure2", "family_figure5", *FAMILY}:
         for profile in ("smoke", "short", "paper"):
             plan = load_plan(project, name, profile)
             # a row that the paper has no number for says so
