@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fwp_lightning.data.retrieval import RetrievalData
+from fwp_lightning import compiled
+from fwp_lightning.data.retrieval import DRAWS, RetrievalData, draw_block, draw_pairs
+from fwp_lightning.seeding import numpy_generator_for
 
 
 def data(n_keys: int = 20, replacement: bool = False, **options: Any) -> RetrievalData:
@@ -236,3 +240,57 @@ def test_senseless_numbers_are_refused_with_one_sentence(options: dict[str, Any]
     with pytest.raises(ValueError, match=message) as caught:
         RetrievalData(**options)
     assert "\n" not in str(caught.value)
+
+
+# --- compiled ---------------------------------------------------------------------------------------------------------
+
+GENERATORS: dict[str, Callable[[], np.random.Generator]] = {
+    "fresh": lambda: numpy_generator_for(3, "train", 7),
+    "counter near its end": lambda: np.random.Generator(np.random.Philox(key=5, counter=2**64 - 40)),
+    "number at hand": lambda: used(np.random.Generator(np.random.Philox(5))),
+    "another kind": lambda: np.random.default_rng(5),
+}
+
+
+def used(generator: np.random.Generator) -> np.random.Generator:
+    generator.integers(10, size=3)
+    return generator
+
+
+@pytest.fixture
+def in_numpy(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def draw(draws: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(compiled, "why_unavailable", lambda _: "no compiler")
+            return draws()
+
+    return draw
+
+
+@pytest.mark.skipif(
+    compiled.why_unavailable(DRAWS) is not None,
+    reason="the kernel cannot be built here (tests/test_compiled.py tests that the reason is said)",
+)
+@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize(
+    ("n_keys", "length", "replacement"),
+    [
+        # masks of 1 to 10 bits, their ends included
+        *((n, n, False) for n in (1, 2, 3, 4, 5, 16, 17, 33, 600)),
+        *((n, 2 * n, True) for n in (1, 2, 3, 20, 64, 200)),
+        (9, 4, False),
+    ],
+)
+def test_compiled_draws_are_numpys_and_leave_its_generator_where_numpy_does(
+    n_keys: int, length: int, replacement: bool, generator: str, in_numpy: Any
+) -> None:
+    def draws() -> tuple[Tensor, ...]:
+        g = GENERATORS[generator]()
+        block = draw_block((3, 5), n_keys, length, replacement, g)
+        # an odd number of 32 bits next, and one of 64
+        after = torch.from_numpy(np.stack([g.integers(7, size=3), g.integers(2**62, size=3)]))
+        pairs = draw_pairs((4,), n_keys, length, replacement, GENERATORS[generator]())
+        return (*block, after, *pairs)
+
+    for ours, numpys in zip(draws(), in_numpy(draws), strict=True):
+        assert torch.equal(ours, numpys)

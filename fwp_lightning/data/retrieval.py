@@ -10,8 +10,9 @@ Setting 1 (without replacement): T = S, keys and values are permutations. Settin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal, NamedTuple
+import ctypes
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple, cast
 
 import lightning as L
 import numpy as np
@@ -19,7 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from fwp_lightning import compiled
 from fwp_lightning.seeding import numpy_generator_for
+
+DRAWS = "pair_draws"
 
 
 class RetrievalBlock(NamedTuple):
@@ -148,24 +152,68 @@ def draw_pairs(
     shape: tuple[int, ...], n_keys: int, length: int, replacement: bool, generator: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
     """Return key ids and value ids, each ``[*shape, length]``."""
+    keys, values = (torch.empty(*shape, length, dtype=torch.int64) for _ in range(2))
+    if _draw_compiled((keys, values), n_keys, replacement, generator):
+        return keys, values
     if replacement:
-        keys, values = (generator.integers(n_keys, size=(*shape, length)) for _ in range(2))
+        drawn = [generator.integers(n_keys, size=(*shape, length)) for _ in range(2)]
     else:
         ids = np.broadcast_to(np.arange(n_keys), (*shape, n_keys))
-        keys, values = (generator.permuted(ids, axis=-1)[..., :length] for _ in range(2))
-    return torch.from_numpy(keys), torch.from_numpy(values)
+        drawn = [generator.permuted(ids, axis=-1)[..., :length] for _ in range(2)]
+    return torch.from_numpy(drawn[0]), torch.from_numpy(drawn[1])
 
 
 def draw_block(
     shape: tuple[int, int], n_keys: int, length: int, replacement: bool, generator: np.random.Generator
 ) -> RetrievalBlock:
     """Return sequences ``[N, B, T]`` and for each the key at a uniformly drawn position with its last value."""
+    block = RetrievalBlock(*(torch.empty(*shape, n, dtype=torch.int64) for n in (length, length, 1, 1)))
+    if _draw_compiled(block, n_keys, replacement, generator):
+        return block
     keys, values = draw_pairs(shape, n_keys, length, replacement, generator)
     last = torch.from_numpy(generator.integers(length, size=(*shape, 1)))
     query = keys.gather(-1, last)
     if replacement:
         last = torch.where(keys == query, torch.arange(length), -1).amax(-1, keepdim=True)
     return RetrievalBlock(keys, values, query, values.gather(-1, last))
+
+
+class _Draws(ctypes.Structure):
+    """``Problem`` of ``csrc/pair_draws.cpp``."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "n_keys", "length", "replacement")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "query", "target")),
+        ("key", ctypes.c_uint64 * 2),
+        ("counter", ctypes.c_uint64),
+        ("taken", ctypes.c_int64),
+    )
+
+
+def _draw_compiled(tensors: Sequence[Tensor], n_keys: int, replacement: bool, generator: np.random.Generator) -> bool:
+    """Fill key ids and value ids ``[*shape, T]``, and queries and targets ``[*shape, 1]`` if given, in C++.
+
+    The numbers are those that NumPy would have drawn, and the generator is left as NumPy would have left it. Returns
+    whether it could be done; it cannot without a compiler, or with another generator or one with numbers at hand.
+    """
+    length = tensors[0].shape[-1]
+    state = cast(dict[str, Any], generator.bit_generator.state)
+    if state["bit_generator"] != "Philox" or state["buffer_pos"] != 4 or state["has_uint32"]:
+        return False
+    key, counter = (state["state"][name].tolist() for name in ("key", "counter"))
+    # the kernel carries nothing into a second number of 64 bits
+    if any(counter[1:]) or counter[0] >= 2**63 or not (replacement or length == n_keys):
+        return False
+    if compiled.why_unavailable(DRAWS) is not None:
+        return False
+    pointers = [x.data_ptr() for x in tensors] + [None] * (4 - len(tensors))
+    problem = _Draws(tensors[0].numel() // length, n_keys, length, replacement, *pointers, tuple(key), counter[0])
+    compiled.call(DRAWS, "draw", torch.int64, problem)
+    # to the last count that was reached, and over what was drawn of it
+    counts = max(problem.taken - 1, 0) // 8
+    generator.bit_generator.advance(counts)  # type: ignore[attr-defined]
+    generator.integers(2**32, size=problem.taken - 8 * counts, dtype=np.uint32)
+    return True
 
 
 def all_queries(keys: Tensor, values: Tensor, n_keys: int, max_queries: int) -> RetrievalEvaluation:
