@@ -19,7 +19,7 @@ namespace {
 enum Map { IDENTITY = 0, ELU = 1, DPFP = 2 };
 
 // the steps of one pass over a memory and of the next
-constexpr int64_t RING = 4;
+constexpr int64_t RING = 8;
 
 inline int64_t blocks_of(int64_t n) { return (n + LANES - 1) / LANES; }
 inline int64_t padded(int64_t n) { return blocks_of(n) * LANES; }
@@ -39,6 +39,15 @@ template <class Real> class Buffer {
     Num *vectors() const { return reinterpret_cast<Num *>(memory.get()); }
 };
 
+// Rows of consecutive steps: [s] is the row of step s.
+template <class Real> struct Steps {
+    Real *first;
+    int64_t stride;
+
+    inline __attribute__((always_inline)) Real *operator[](int s) const { return first + s * stride; }
+    operator Steps<const Real>() const { return {first, stride}; }
+};
+
 // The rows of one head in a [B, T, H, size] tensor, or the ring of them that is at hand (mask = RING - 1).
 template <class Real> struct Rows {
     Real *first;
@@ -46,11 +55,8 @@ template <class Real> struct Rows {
 
     Real *operator()(int64_t t) const { return first + (t & mask) * stride; }
     operator Rows<const Real>() const { return {first, stride, size, mask}; }
-    // N rows from step t on; t + N goes over no multiple of the ring
-    template <int N> void find(int64_t t, Real **rows) const {
-        Real *row = (*this)(t);
-        for (int s = 0; s < N; ++s) rows[s] = row + s * stride;
-    }
+    // from step t on, as far as the next multiple of the ring
+    Steps<Real> from(int64_t t) const { return {(*this)(t), stride}; }
     // To the second cache: the first one lets too few lines be on their way. Inlined by force: GCC takes a call that only
     // fetches for one without effect.
     template <int N> inline __attribute__((always_inline)) void fetch(int64_t t) const {
@@ -60,12 +66,6 @@ template <class Real> struct Rows {
             for (int s = 0; s < N; ++s) __builtin_prefetch(row + s * stride + i, 0, 2);
     }
 };
-
-template <class Real> inline __attribute__((always_inline)) Real dot(const Real *a, const Real *b, int64_t n) {
-    typename Lanes<Real>::type total{};
-    for (int64_t i = 0; i < n; i += LANES) total += load<Real>(a + i, n - i) * load<Real>(b + i, n - i);
-    return sum_lanes<Real>(total);
-}
 
 template <class Real> inline typename Lanes<Real>::type exp_of_negative(typename Lanes<Real>::type x);
 // below -87 the result would be no normal number: it stays at 1.6e-38
@@ -108,7 +108,7 @@ template <class Real> class FeatureRows {
         for (Real &x : inverse) x = 1;
     }
     const Real *operator()(int64_t t) const { return features(t); }
-    template <int N> void find(int64_t t, const Real **rows) const { features.template find<N>(t, rows); }
+    Steps<const Real> from(int64_t t) const { return features.from(t); }
     template <int N> inline __attribute__((always_inline)) void fetch(int64_t t) const { input.template fetch<N>(t); }
 
     // First half of a row's computation: what would be read too soon after it was written if the second followed at once.

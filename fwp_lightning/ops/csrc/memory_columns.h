@@ -8,7 +8,7 @@
 // loaded and stored once for all of them. ../README.md has the equations.
 //
 //   Num     += scalar * Num, - and * by a scalar; a default-constructed-with-{} Num is 0
-//   Row     anything that gives a scalar for [i]: const float *, an array in registers
+//   Rows    anything that gives a scalar for [s][i], step s: an array of const float *, Steps<float>
 //   Size    the number of passed-over entries: int64_t, or Fixed<n> to keep an array of Num in registers
 //
 // Outputs named `..._sum` are added to; the caller starts them at 0. A memory may thus be passed over in pieces.
@@ -17,9 +17,12 @@
 #ifdef __CUDACC__
 #define FWP_EITHER __host__ __device__ __forceinline__
 #define FWP_UNROLL _Pragma("unroll")
+#define FWP_UNROLL_FIXED FWP_UNROLL
 #else
 #define FWP_EITHER inline __attribute__((always_inline))
-#define FWP_UNROLL
+#define FWP_UNROLL _Pragma("GCC unroll 16")
+// loops over a memory, which nvcc unrolls where it knows their length
+#define FWP_UNROLL_FIXED
 #endif
 
 namespace {
@@ -36,8 +39,8 @@ FWP_EITHER constexpr int at_least_one(int n) { return n > 0 ? n : 1; }
 
 // Going forward in time: STEPS writes W += key_s (x) u_s, each followed by its read, and what the NEXT writes after them
 // will retrieve from what is left (NEXT = 0 for the sum rule). READS = false: `query` and `read_sum` are not touched.
-template <int STEPS, int NEXT, bool READS, class Num, class Row, class Size>
-FWP_EITHER void write_and_read(Num *W, Size n_keys, const Row *key, const Row *query, const Row *next, const Num *u,
+template <int STEPS, int NEXT, bool READS, class Num, class Rows, class Size>
+FWP_EITHER void write_and_read(Num *W, Size n_keys, const Rows &key, const Rows &query, const Rows &next, const Num *u,
                                Num *read_sum, Num *retrieved_sum) {
     Num write[at_least_one(STEPS)], read[at_least_one(STEPS)], retrieved[at_least_one(NEXT)];
     FWP_UNROLL
@@ -47,7 +50,7 @@ FWP_EITHER void write_and_read(Num *W, Size n_keys, const Row *key, const Row *q
     }
     FWP_UNROLL
     for (int s = 0; s < NEXT; ++s) retrieved[s] = retrieved_sum[s];
-    FWP_UNROLL
+    FWP_UNROLL_FIXED
     for (int i = 0; i < n_keys; ++i) {
         Num w = W[i];
         FWP_UNROLL
@@ -68,9 +71,9 @@ FWP_EITHER void write_and_read(Num *W, Size n_keys, const Row *key, const Row *q
 
 // What STEPS writes of the delta rule put in: `retrieved` is from the memory before all of them, so what the earlier ones
 // among them add to it is subtracted here. overlap[s][r] = k_s . k_r for r < s; error = v - W^T k; u = beta error.
-template <int STEPS, class Num, class Real>
-FWP_EITHER void corrected_values(const Num *v, const Num *retrieved, const Real *beta, const Real (*overlap)[STEPS],
-                                 Num *error, Num *u) {
+template <int STEPS, class Num, class Real, class Overlap>
+FWP_EITHER void corrected_values(const Num *v, const Num *retrieved, const Real *beta, const Overlap &overlap, Num *error,
+                                 Num *u) {
     FWP_UNROLL
     for (int s = 0; s < STEPS; ++s) {
         Num e = v[s] - retrieved[s];
@@ -84,8 +87,8 @@ FWP_EITHER void corrected_values(const Num *v, const Num *retrieved, const Real 
 // Going backward in time over D = dL/dW [K, V]: first what the PENDING later writes removed (D -= later_s (x) lost_s, the
 // latest first; none for the sum rule), then for each of STEPS steps, the latest first, the read (D += query_s (x) grad_s)
 // and what the write receives, received_s = D^T key_s. Steps count forward in time: s = STEPS - 1 is passed first.
-template <int PENDING, int STEPS, bool READS, class Num, class Row, class Size>
-FWP_EITHER void receive_values(Num *D, Size n_keys, const Row *later, const Num *lost, const Row *key, const Row *query,
+template <int PENDING, int STEPS, bool READS, class Num, class Rows, class Size>
+FWP_EITHER void receive_values(Num *D, Size n_keys, const Rows &later, const Num *lost, const Rows &key, const Rows &query,
                                const Num *grad, Num *received_sum) {
     Num removed[at_least_one(PENDING)], g[at_least_one(STEPS)], received[at_least_one(STEPS)];
     FWP_UNROLL
@@ -95,7 +98,7 @@ FWP_EITHER void receive_values(Num *D, Size n_keys, const Row *later, const Num 
         if (READS) g[s] = grad[s];
         received[s] = received_sum[s];
     }
-    FWP_UNROLL
+    FWP_UNROLL_FIXED
     for (int i = 0; i < n_keys; ++i) {
         Num x = D[i];
         FWP_UNROLL
@@ -127,8 +130,8 @@ FWP_EITHER void removed_values(const Real *beta, const Real (*overlap)[STEPS], N
 
 // Going forward in time: before each of STEPS writes W += write_s (x) error_s what its removal costs the key, loss_s =
 // W lost_s (DELTA only), after it the query's gradient W grad_s (READS only). write = beta key; error is v for the sum rule.
-template <int STEPS, bool DELTA, bool READS, class Num, class Row, class Size>
-FWP_EITHER void read_keys(Num *W, Size n_values, const Row *error, const Row *lost, const Row *grad, const Num *write,
+template <int STEPS, bool DELTA, bool READS, class Num, class Rows, class Size>
+FWP_EITHER void read_keys(Num *W, Size n_values, const Rows &error, const Rows &lost, const Rows &grad, const Num *write,
                           Num *loss_sum, Num *grad_query_sum) {
     Num k[STEPS], loss[STEPS], grad_query[STEPS];
     FWP_UNROLL
@@ -137,7 +140,7 @@ FWP_EITHER void read_keys(Num *W, Size n_values, const Row *error, const Row *lo
         if (DELTA) loss[s] = loss_sum[s];
         if (READS) grad_query[s] = grad_query_sum[s];
     }
-    FWP_UNROLL
+    FWP_UNROLL_FIXED
     for (int j = 0; j < n_values; ++j) {
         Num w = W[j];
         FWP_UNROLL
@@ -158,8 +161,8 @@ FWP_EITHER void read_keys(Num *W, Size n_values, const Row *error, const Row *lo
 // Going backward in time over D = dL/dW, the latest of STEPS steps first: the read (D += query_s (x) grad_s), what the
 // write gives its key, gain_s = D error_s, and what it removed (D -= key_s (x) lost_s, DELTA only). The gradient of the
 // key is beta gain - loss.
-template <int STEPS, bool DELTA, bool READS, class Num, class Row, class Size>
-FWP_EITHER void receive_keys(Num *D, Size n_values, const Row *error, const Row *lost, const Row *grad, const Num *key,
+template <int STEPS, bool DELTA, bool READS, class Num, class Rows, class Size>
+FWP_EITHER void receive_keys(Num *D, Size n_values, const Rows &error, const Rows &lost, const Rows &grad, const Num *key,
                              const Num *query, Num *gain_sum) {
     Num k[STEPS], q[STEPS], gain[STEPS];
     FWP_UNROLL
@@ -168,7 +171,7 @@ FWP_EITHER void receive_keys(Num *D, Size n_values, const Row *error, const Row 
         if (READS) q[s] = query[s];
         gain[s] = gain_sum[s];
     }
-    FWP_UNROLL
+    FWP_UNROLL_FIXED
     for (int j = 0; j < n_values; ++j) {
         Num x = D[j];
         FWP_UNROLL

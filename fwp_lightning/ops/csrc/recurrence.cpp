@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #if defined(__linux__)
@@ -17,17 +18,22 @@
 #endif
 
 #include "feature_rows.h"
+#include "lane_exchange.h"
 #include "lanes.h"
 #include "memory_columns.h"
 
 namespace {
 
-// steps of one pass over a memory: fewer would load and store it more often, more would need more registers
-constexpr int STEPS = 2;
+// Steps of one pass over a memory: fewer would load and store it more often, more would need more registers. A Num of
+// float64 is two.
+template <class Real> constexpr int STEPS_OF = sizeof(Real) == 4 ? 4 : 2;
 // rows are fetched so many steps before they are needed
 constexpr int64_t AHEAD = 8;
-// memories of the heads that go together: they should stay in the second cache
-constexpr int64_t GROUP_BYTES = 512 * 1024;
+// Heads that go together: their memories should stay in the second cache, and so should all their rows, which the backward
+// pass reads twice, unless those of one head alone are too many.
+constexpr int64_t GROUP_BYTES = 512 * 1024, ROW_BYTES = 640 * 1024;
+// of these some take a few passes before the next do: their memories should stay in the first cache
+constexpr int64_t STRIP_BYTES = 16 * 1024, STRIP_PASSES = 8;
 
 struct Problem {
     int64_t batch, steps, heads, keys, values;  // B, T, H, K (features), V
@@ -38,6 +44,8 @@ struct Problem {
 
     FeatureMap phi(double eps) const { return {map, nu, size, keys, normalise_features != 0, eps}; }
     int64_t cells() const { return keys * values; }
+    // of a step of a head: inputs, outputs, errors and gradients
+    int64_t row_numbers() const { return 4 * size + 5 * values; }
 };
 
 // A large output is mostly memory that the system has yet to give: in few large pages rather than in thousands of small ones,
@@ -63,9 +71,59 @@ template <class Real> struct Tensors {
     Real *grad_q, *grad_k, *grad_v, *grad_beta, *grad_state, *grad_z;
 };
 
+// f(integral constant n), n one of 0 .. MOST
+template <int MOST, class F> inline void with_constant(int64_t n, F f) {
+    if (n == MOST) return f(std::integral_constant<int, MOST>());
+    if constexpr (MOST > 0) with_constant<MOST - 1>(n, f);
+}
+
+// Dot products between the rows of N steps: of every two, a later row with an earlier one, and of another kind of later row
+// with the earlier one and with that of its own step.
+template <class Real, int N, bool STRICT, bool LOOSE> class Pairs {
+    using Num = typename Lanes<Real>::type;
+    static constexpr int N_STRICT = STRICT ? N * (N - 1) / 2 : 0, COUNT = N_STRICT + (LOOSE ? N * (N + 1) / 2 : 0);
+    static constexpr int strict_at(int late, int early) { return late * (late - 1) / 2 + early; }
+    static constexpr int loose_at(int late, int early) { return N_STRICT + late * (late + 1) / 2 + early; }
+    Num totals[at_least_one(COUNT)] = {};
+
+  public:
+    // a block of the rows
+    inline __attribute__((always_inline)) void add(const Num *early, const Num *strict, const Num *loose) {
+#pragma GCC unroll 8
+        for (int r = 0; r < N; ++r)
+#pragma GCC unroll 8
+            for (int s = 0; s <= r; ++s) {
+                if (STRICT && s < r) totals[strict_at(r, s)] += strict[r] * early[s];
+                if (LOOSE) totals[loose_at(r, s)] += loose[r] * early[s];
+            }
+    }
+    class Sums {
+        LaneSums<Real, at_least_one(COUNT)> sums;
+
+      public:
+        inline __attribute__((always_inline)) explicit Sums(const Pairs &pairs) : sums(pairs.totals) {}
+        Real strict(int late, int early) const { return sums[strict_at(late, early)]; }
+        Real loose(int late, int early) const { return sums[loose_at(late, early)]; }
+        // as a matrix
+        struct Row {
+            const Sums &sums;
+            int late;
+            Real operator[](int early) const { return sums.strict(late, early); }
+        };
+        Row operator[](int late) const { return {*this, late}; }
+    };
+};
+
+// The rows of two runs of N steps.
+template <class Real, int N> struct TwoRuns {
+    Steps<const Real> a, b;
+    inline __attribute__((always_inline)) const Real *operator[](int s) const { return s < N ? a[s] : b[s - N]; }
+};
+
 // One head on its way through time: the rows that every sweep reads.
 template <class Real, bool DELTA, bool READS> struct Head {
     using Num = typename Lanes<Real>::type;
+    static constexpr int STEPS = STEPS_OF<Real>;
     const Problem &p;
     const Tensors<Real> &x;
     const int64_t T, K, V, key_blocks, value_blocks;
@@ -127,6 +185,23 @@ template <class Real, bool DELTA, bool READS> struct Head {
     void compute_features(int64_t t, FeatureRows<Real> &rows) const {
         for (int64_t s = t; s < std::min(t + STEPS, T); ++s) rows.compute(s);
     }
+    // products of keys with earlier keys, and of queries with keys up to their own step
+    template <int N, bool STRICT, bool LOOSE>
+    inline __attribute__((always_inline)) typename Pairs<Real, N, STRICT, LOOSE>::Sums
+    overlaps(Steps<const Real> keys, Steps<const Real> queries, int64_t n_keys) const {
+        Pairs<Real, N, STRICT, LOOSE> pairs;
+        if ((STRICT && N > 1) || LOOSE)
+            for (int64_t i = 0; i < n_keys; i += LANES) {
+                Num k[N], q[N];
+#pragma GCC unroll 8
+                for (int s = 0; s < N; ++s) {
+                    k[s] = load<Real>(keys[s] + i, n_keys - i);
+                    q[s] = LOOSE ? load<Real>(queries[s] + i, n_keys - i) : Num{};
+                }
+                pairs.add(k, k, q);
+            }
+        return typename Pairs<Real, N, STRICT, LOOSE>::Sums(pairs);
+    }
     template <class... R> inline __attribute__((always_inline)) void fetch(int64_t t, const R &...rows) const {
         // the few steps at either end are not worth a test of each
         if (t >= 0 && t + STEPS <= T) (rows.template fetch<STEPS>(t), ...);
@@ -137,6 +212,7 @@ template <class Real, bool DELTA, bool READS> struct Head {
 template <class Real, bool DELTA, bool READS> struct Writing : Head<Real, DELTA, READS> {
     using Base = Head<Real, DELTA, READS>;
     using Num = typename Base::Num;
+    static constexpr int STEPS = Base::STEPS;
     using Base::key, Base::query, Base::value, Base::p, Base::x, Base::K, Base::V, Base::T, Base::z;
     Rows<Real> output{}, error{}, scale{};
     Buffer<Real> memory, retrieved;
@@ -157,11 +233,13 @@ template <class Real, bool DELTA, bool READS> struct Writing : Head<Real, DELTA,
         std::fill(retrieved.vectors(), retrieved.vectors() + this->value_blocks * STEPS, Num{});
         if (!DELTA || T == 0) return;
         // from an empty memory too: 0 times NaN is NaN
-        const Real *next[STEPS] = {key(0), key(T > 1)};
-        for (int64_t c = 0; c < this->value_blocks; ++c) {
-            Num *r = retrieved.vectors() + c * STEPS;
-            write_and_read<0, STEPS, false>(memory.vectors() + c * K, K, next, next, next, r, r, r);
-        }
+        with_constant<STEPS>(std::min<int64_t>(STEPS, T), [&](auto n) {
+            const auto next = key.from(0);
+            for (int64_t c = 0; c < this->value_blocks; ++c) {
+                Num *r = retrieved.vectors() + c * STEPS;
+                write_and_read<0, n, false>(memory.vectors() + c * K, K, next, next, next, r, r, r);
+            }
+        });
     }
     void prepare(int64_t t) {
         this->prepare_features(t + STEPS, key);
@@ -174,14 +252,9 @@ template <class Real, bool DELTA, bool READS> struct Writing : Head<Real, DELTA,
     void step(int64_t t) {
         fetch_rows(t + AHEAD);
         const int64_t left = T - t;
-        if (left >= 4)
-            write<2, 2>(t);
-        else if (left == 3)
-            write<2, 1>(t);
-        else if (left == 2)
-            write<2, 0>(t);
-        else
-            write<1, 0>(t);
+        if (left >= 2 * STEPS) return write<STEPS, STEPS>(t);
+        if (left >= STEPS) return with_constant<STEPS - 1>(left - STEPS, [&](auto n) { write<STEPS, n>(t); });
+        with_constant<STEPS - 1>(left, [&](auto n) { write<at_least_one(n), 0>(t); });
     }
     inline __attribute__((always_inline)) void fetch_rows(int64_t t) const {
         this->fetch(t, key, value);
@@ -192,23 +265,19 @@ template <class Real, bool DELTA, bool READS> struct Writing : Head<Real, DELTA,
         // all in variables of its own: the compiler cannot know that what is stored below changes nothing else
         const int64_t n_keys = K, n_values = V, blocks = this->value_blocks;
         const bool keeps = x.errors;
-        const Real *k[N], *q[N], *next[STEPS], *v[N];
-        Real *o[N], *errors[N], overlap[N][N] = {}, strength[N], share[N];
-        key.template find<N>(t, k);
-        key.template find<NEXT>(t + N, next);
-        (READS ? query : key).template find<N>(t, q);
-        value.template find<N>(t, v);
-        output.template find<N>(t, o);
-        error.template find<N>(t, errors);
+        const Steps<const Real> k = key.from(t), next = key.from(t + N), q = (READS ? query : key).from(t), v = value.from(t);
+        const Steps<Real> o = output.from(t), errors = error.from(t);
+        Real strength[N], share[N];
         for (int s = 0; s < N; ++s) {
             strength[s] = this->strength(t + s);
             share[s] = p.normalise_readout ? 1 / accumulate(t + s) : Real(1);
         }
-        if (DELTA && N > 1) overlap[N - 1][0] = dot(k[0], k[N - 1], n_keys);
+        const auto overlap = this->template overlaps<N, DELTA, false>(k, k, n_keys);
         Num *W = memory.vectors(), *ahead = retrieved.vectors();
         for (int64_t c = 0; c < blocks; ++c, W += n_keys, ahead += STEPS) {
             const int64_t from = c * LANES, left = n_values - from;
             Num values[N], e[N], u[N], read[N];
+#pragma GCC unroll 8
             for (int s = 0; s < N; ++s) {
                 u[s] = values[s] = load<Real>(v[s] + from, left);
                 read[s] = Num{};
@@ -216,11 +285,14 @@ template <class Real, bool DELTA, bool READS> struct Writing : Head<Real, DELTA,
             if (DELTA) {
                 corrected_values<N>(values, ahead, strength, overlap, e, u);
                 if (keeps)
+#pragma GCC unroll 8
                     for (int s = 0; s < N; ++s) store<Real>(errors[s] + from, e[s], left);
             }
             Num after[STEPS] = {};
             write_and_read<N, DELTA ? NEXT : 0, READS>(W, n_keys, k, q, next, u, read, after);
+#pragma GCC unroll 8
             for (int s = 0; s < NEXT; ++s) ahead[s] = after[s];
+#pragma GCC unroll 8
             for (int s = 0; s < N; ++s)
                 if (READS) store<Real>(o[s] + from, read[s] * share[s], left);
         }
@@ -245,6 +317,7 @@ template <class Real, bool DELTA, bool READS> struct Writing : Head<Real, DELTA,
 template <class Real, bool DELTA, bool READS> struct Backward : Head<Real, DELTA, READS> {
     using Base = Head<Real, DELTA, READS>;
     using Num = typename Base::Num;
+    static constexpr int STEPS = Base::STEPS;
     using Base::key, Base::query, Base::value, Base::p, Base::x, Base::K, Base::V, Base::T;
     Rows<Real> grad_k{}, grad_v{};
     Rows<const Real> grad_o{}, grad{}, output{}, scale{}, error{};
@@ -302,97 +375,138 @@ template <class Real, bool DELTA, bool READS> struct Backward : Head<Real, DELTA
     Num block(const Real *row, int64_t c) const { return load<Real>(row + c * LANES, K - c * LANES); }
 };
 
-// Backward in time: D = dL/dW. Gradients of v and beta with values in the lanes, then, with keys in the lanes, what the
-// writes give their keys.
+// Backward in time: D = dL/dW, values in the lanes. Gradients of v and beta, and what the writes give their keys. A pass
+// first asks D what it was before its own steps, then adds what they do to each other and to D: no gradient has anything of
+// what came before it in time.
 template <class Real, bool DELTA, bool READS> struct Receiving : Backward<Real, DELTA, READS> {
     using Base = Backward<Real, DELTA, READS>;
     using Num = typename Base::Num;
+    static constexpr int STEPS = Base::STEPS;
     using Base::key, Base::query, Base::p, Base::x, Base::K, Base::V, Base::T, Base::z;
     using Base::grad, Base::grad_k, Base::grad_v, Base::error;
+    template <int N> using Products = Pairs<Real, N, DELTA, READS>;
     Rows<Real> grad_beta{};
-    Buffer<Real> columns, by_keys, lost;
+    Buffer<Real> memory;
 
-    static int64_t bytes(const Problem &p) {
-        return (blocks_of(p.values) * p.keys + blocks_of(p.keys) * p.values) * sizeof(Num);
-    }
+    static int64_t bytes(const Problem &p) { return blocks_of(p.values) * p.keys * sizeof(Num); }
     Receiving(const Problem &problem, const Tensors<Real> &tensors)
-        : Base(problem, tensors), columns(this->value_blocks * K * LANES), by_keys(this->key_blocks * V * LANES),
-          lost(this->value_blocks * STEPS * LANES) {}
+        : Base(problem, tensors), memory(this->value_blocks * K * LANES) {}
     void attach(int64_t i) {
         Base::attach(i);
         grad_beta = this->rows(x.grad_beta, 1);
-        this->load_columns(x.grad_last, columns.vectors());
-        this->load_rows(x.grad_last, by_keys.vectors());
+        this->load_columns(x.grad_last, memory.vectors());
         this->load_normaliser(x.grad_last_z);
     }
     void step(int64_t t) {
         fetch_rows(t - AHEAD);
         const int64_t left = T - t;
-        if (left >= 4)
-            receive<2, 2>(t);
-        else if (left == 3)
-            receive<1, 2>(t);
-        else if (left == 2)
-            receive<0, 2>(t);
-        else
-            receive<0, 1>(t);
+        if (left >= STEPS) return receive<STEPS>(t);
+        with_constant<STEPS - 1>(left, [&](auto n) { receive<at_least_one(n)>(t); });
     }
     inline __attribute__((always_inline)) void fetch_rows(int64_t t) const {
         this->fetch(t, key, error, grad_k, grad_v);
         if (READS) this->fetch(t, query, this->grad_o);
     }
-    template <int PENDING, int N> void receive(int64_t t) {
-        // as in the forward pass: variables of its own
-        const int64_t n_values = V, blocks = this->key_blocks;
-        const Real *k[N], *q[N], *later[STEPS], *e[N], *g[N], *r[N];
-        Real strength[N];
-        key.template find<N>(t, k);
-        key.template find<PENDING>(t + N, later);
-        (READS ? query : key).template find<N>(t, q);
-        error.template find<N>(t, e);
-        (READS ? grad : error).template find<N>(t, g);
-        Rows<const Real>(grad_v).template find<N>(t, r);
-        for (int s = 0; s < N; ++s) strength[s] = this->strength(t + s);
-        receive_by_value<PENDING, N>(t, k, q, later, e, g, strength);
-        Num *D = by_keys.vectors();
-        for (int64_t c = 0; c < blocks; ++c, D += n_values) {
-            Num keys[N], queries[N], gain[N] = {};
+    template <int N> void receive(int64_t t) {
+        const Steps<const Real> k = key.from(t), q = (READS ? query : key).from(t), e = error.from(t);
+        const Steps<const Real> g = (READS ? grad : error).from(t), lost = grad_v.from(t);
+        const auto products = receive_values<N>(t, k, q, e, g);
+        receive_keys<N>(t, k, q, e, products);
+        const int64_t n_keys = K, n_values = V;
+        Num *D = memory.vectors();
+        for (int64_t from = 0; from < n_values; from += LANES, D += n_keys) {
+            Num change[2 * N];
+#pragma GCC unroll 8
             for (int s = 0; s < N; ++s) {
-                keys[s] = this->block(k[s], c);
-                queries[s] = this->block(q[s], c);
+                if (READS) change[s] = load<Real>(g[s] + from, n_values - from);
+                if (DELTA) change[READS ? N + s : s] = -load<Real>(lost[s] + from, n_values - from);
             }
-            receive_keys<N, DELTA, READS>(D, n_values, e, r, g, keys, queries, gain);
+            const TwoRuns<Real, READS ? N : 0> rows{q, k};
+            constexpr int CHANGES = (READS ? N : 0) + (DELTA ? N : 0);
+            write_and_read<CHANGES, 0, false>(D, n_keys, rows, rows, rows, change, change, change);
+        }
+    }
+    // what the writes receive, dL/dv and dL/dbeta; the products of errors with later losses and gradients of outputs
+    template <int N>
+    inline __attribute__((always_inline)) typename Products<N>::Sums
+    receive_values(int64_t t, Steps<const Real> k, Steps<const Real> q, Steps<const Real> e, Steps<const Real> g) {
+        const int64_t n_keys = K, n_values = V;
+        const Steps<Real> to = grad_v.from(t);
+        Real strength[N];
+        for (int s = 0; s < N; ++s) strength[s] = this->strength(t + s);
+        const auto overlap = this->template overlaps<N, DELTA, READS>(k, q, n_keys);
+        Products<N> products;
+        Num along[N] = {}, *D = memory.vectors();
+        for (int64_t from = 0; from < n_values; from += LANES, D += n_keys) {
+            const int64_t left = n_values - from;
+            Num grads[N], errors[N], received[N] = {}, loses[N];
+            write_and_read<0, N, false>(D, n_keys, k, k, k, received, received, received);
+#pragma GCC unroll 8
             for (int s = N - 1; s >= 0; --s) {
+                grads[s] = READS ? load<Real>(g[s] + from, left) : Num{};
+                errors[s] = load<Real>(e[s] + from, left);
+#pragma GCC unroll 8
+                for (int r = s; r < N; ++r) {
+                    if (READS) received[s] += overlap.loose(r, s) * grads[r];
+                    if (DELTA && r > s) received[s] -= overlap.strict(r, s) * loses[r];
+                }
+                loses[s] = DELTA ? strength[s] * received[s] : received[s];
+                along[s] += received[s] * errors[s];
+                store<Real>(to[s] + from, loses[s], left);
+            }
+            products.add(errors, loses, grads);
+        }
+        if (DELTA) {
+            const LaneSums<Real, N> sums(along);
+            for (int s = 0; s < N; ++s) *grad_beta(t + s) = sums[s];
+        }
+        return typename Products<N>::Sums(products);
+    }
+    // dL/dk but for what removals cost, block after block
+    template <int N, class Sums>
+    inline __attribute__((always_inline)) void receive_keys(int64_t t, Steps<const Real> k, Steps<const Real> q,
+                                                            Steps<const Real> e, const Sums &products) {
+        const int64_t n_keys = K, n_values = V, blocks = this->key_blocks;
+        Real strength[N];
+        for (int s = 0; s < N; ++s) strength[s] = this->strength(t + s);
+        for (int64_t b = 0; b < blocks; ++b) {
+            Num keys[N], queries[N], gain[N] = {};
+            add_gain<N>(memory.vectors() + b * LANES, n_keys, n_keys - b * LANES, n_values, e, gain);
+#pragma GCC unroll 8
+            for (int s = 0; s < N; ++s) {
+                keys[s] = this->block(k[s], b);
+                queries[s] = this->block(q[s], b);
+            }
+#pragma GCC unroll 8
+            for (int s = N - 1; s >= 0; --s) {
+#pragma GCC unroll 8
+                for (int r = s; r < N; ++r) {
+                    if (READS) gain[s] += products.loose(r, s) * queries[r];
+                    if (DELTA && r > s) gain[s] -= products.strict(r, s) * keys[r];
+                }
                 gain[s] = gain[s] * strength[s];
-                if (p.normalise_readout) gain[s] += accumulate(t + s, c, queries[s]);
-                this->template give_features<false>(t + s, s, c, gain[s], grad_k);
+                if (p.normalise_readout) gain[s] += accumulate(t + s, b, queries[s]);
+                this->template give_features<false>(t + s, s, b, gain[s], grad_k);
             }
         }
         for (int s = 0; s < N; ++s) this->template give_inputs<false>(t + s, s, key, grad_k);
     }
-    template <int PENDING, int N>
-    inline __attribute__((always_inline)) void receive_by_value(int64_t t, const Real **k, const Real **q, const Real **later,
-                                                                const Real **e, const Real **g, const Real *strength) {
-        const int64_t n_keys = K, n_values = V, blocks = this->value_blocks;
-        Real overlap[N][N] = {}, *r[N];
-        Num along[N] = {}, *D = columns.vectors(), *removed = lost.vectors();
-        grad_v.template find<N>(t, r);
-        if (DELTA && N > 1) overlap[N - 1][0] = dot(k[0], k[N - 1], n_keys);
-        for (int64_t c = 0; c < blocks; ++c, D += n_keys, removed += STEPS) {
-            const int64_t from = c * LANES, left = n_values - from;
-            Num grads[N], received[N] = {}, loses[STEPS];
-            for (int s = 0; s < PENDING; ++s) loses[s] = removed[s];
-            for (int s = 0; s < N; ++s) grads[s] = load<Real>(g[s] + from, left);
-            receive_values<DELTA ? PENDING : 0, N, READS>(D, n_keys, later, loses, k, q, grads, received);
-            if (DELTA) removed_values<N>(strength, overlap, received, loses);
-            for (int s = 0; s < N; ++s) {
-                if (DELTA) along[s] += received[s] * load<Real>(e[s] + from, left);
-                if (DELTA) removed[s] = loses[s];
-                store<Real>(r[s] + from, DELTA ? loses[s] : received[s], left);
-            }
+    // D e of a block of keys
+    template <int N>
+    static inline __attribute__((always_inline)) void add_gain(const Num *D, int64_t n_keys, int64_t left, int64_t n_values,
+                                                               Steps<const Real> e, Num *gain) {
+        for (int64_t from = 0; from < n_values; from += LANES, D += n_keys) {
+            Num rows[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; ++i) rows[i] = i < left ? D[i] : Num{};
+            transpose(rows);
+            const int64_t n = n_values - from;
+#pragma GCC unroll 16
+            for (int j = 0; j < LANES; ++j)
+                if (j < n)
+#pragma GCC unroll 8
+                    for (int s = 0; s < N; ++s) gain[s] += e[s][from + j] * rows[j];
         }
-        for (int s = 0; s < N; ++s)
-            if (DELTA) *grad_beta(t + s) = sum_lanes<Real>(along[s]);
     }
     // dL/dz, a block of it, which this read adds to and this write's key then receives
     Num accumulate(int64_t t, int64_t c, Num query) const {
@@ -402,18 +516,7 @@ template <class Real, bool DELTA, bool READS> struct Receiving : Backward<Real, 
     }
     void finish() {
         if (x.grad_z) this->store_normaliser(x.grad_z);
-        if (!x.grad_state) return;
-        if (DELTA && T > 0) {
-            const Real *later[STEPS] = {key(0), key(T > 1)};
-            for (int64_t c = 0; c < this->value_blocks; ++c) {
-                Num *removed = lost.vectors() + c * STEPS;
-                if (T > 1)
-                    receive_values<2, 0, false>(columns.vectors() + c * K, K, later, removed, later, later, removed, removed);
-                else
-                    receive_values<1, 0, false>(columns.vectors() + c * K, K, later, removed, later, later, removed, removed);
-            }
-        }
-        this->store_columns(columns.vectors(), x.grad_state);
+        if (x.grad_state) this->store_columns(memory.vectors(), x.grad_state);
     }
 };
 
@@ -422,6 +525,7 @@ template <class Real, bool DELTA, bool READS> struct Receiving : Backward<Real, 
 template <class Real, bool DELTA, bool READS> struct Rewriting : Backward<Real, DELTA, READS> {
     using Base = Backward<Real, DELTA, READS>;
     using Num = typename Base::Num;
+    static constexpr int STEPS = Base::STEPS;
     using Base::key, Base::query, Base::p, Base::x, Base::K, Base::V, Base::T, Base::z;
     using Base::grad, Base::grad_k, Base::grad_v, Base::error;
     Rows<Real> grad_q{};
@@ -438,7 +542,9 @@ template <class Real, bool DELTA, bool READS> struct Rewriting : Backward<Real, 
     }
     void step(int64_t t) {
         fetch_rows(t + AHEAD);
-        T - t >= 2 ? write<2>(t) : write<1>(t);
+        const int64_t left = T - t;
+        if (left >= STEPS) return write<STEPS>(t);
+        with_constant<STEPS - 1>(left, [&](auto n) { write<at_least_one(n)>(t); });
     }
     inline __attribute__((always_inline)) void fetch_rows(int64_t t) const {
         this->fetch(t, key, error);
@@ -446,19 +552,17 @@ template <class Real, bool DELTA, bool READS> struct Rewriting : Backward<Real, 
         if (DELTA) this->fetch(t, grad_k, grad_v);
     }
     template <int N> void write(int64_t t) {
-        const Real *k[N], *e[N], *g[N], *r[N];
+        const Steps<const Real> k = key.from(t), e = error.from(t), g = (READS ? grad : error).from(t), r = grad_v.from(t);
         Real strength[N];
-        key.template find<N>(t, k);
-        error.template find<N>(t, e);
-        (READS ? grad : error).template find<N>(t, g);
-        Rows<const Real>(grad_v).template find<N>(t, r);
         for (int s = 0; s < N; ++s) strength[s] = this->strength(t + s);
         const int64_t n_values = V, blocks = this->key_blocks;
         Num *W = memory.vectors();
         for (int64_t c = 0; c < blocks; ++c, W += n_values) {
             Num writes[N], loss[N] = {}, queries[N] = {};
+#pragma GCC unroll 8
             for (int s = 0; s < N; ++s) writes[s] = this->block(k[s], c) * strength[s];
             read_keys<N, DELTA, READS>(W, n_values, e, r, g, writes, loss, queries);
+#pragma GCC unroll 8
             for (int s = 0; s < N; ++s) {
                 if (READS && p.normalise_readout) queries[s] += accumulate(t + s, c);
                 if (READS) this->template give_features<false>(t + s, s, c, queries[s], grad_q);
@@ -482,17 +586,21 @@ template <class Real, bool DELTA, bool READS> struct Rewriting : Backward<Real, 
 // Take the heads first .. last of a sequence through time, forward or backward.
 template <class Sweep>
 void pass_through_time(const Problem &p, std::vector<Sweep> &heads, int64_t first, int64_t last, bool forward) {
+    constexpr int STEPS = Sweep::STEPS;
     const int64_t n = last - first, passes = (p.steps + STEPS - 1) / STEPS;
     for (int64_t i = 0; i < n; ++i) heads[i].attach(first + i);
     const bool computes = p.phi(0).computes() || p.normalise_readout;
-    for (int64_t pass = 0; pass < passes; ++pass) {
-        const int64_t t = (forward ? pass : passes - 1 - pass) * STEPS;
-        if (computes) {
-            for (int64_t i = 0; i < n; ++i) heads[i].prepare(t);
-            for (int64_t i = 0; i < n; ++i) heads[i].compute(t);
-        }
-        for (int64_t i = 0; i < n; ++i) heads[i].step(t);
-    }
+    const int64_t strip = std::max<int64_t>(1, STRIP_BYTES / std::max<int64_t>(Sweep::bytes(p), 1));
+    for (int64_t start = 0; start < passes; start += STRIP_PASSES)
+        for (int64_t from = 0; from < n; from += strip)
+            for (int64_t pass = start; pass < std::min(start + STRIP_PASSES, passes); ++pass) {
+                const int64_t t = (forward ? pass : passes - 1 - pass) * STEPS, to = std::min(from + strip, n);
+                if (computes) {
+                    for (int64_t i = from; i < to; ++i) heads[i].prepare(t);
+                    for (int64_t i = from; i < to; ++i) heads[i].compute(t);
+                }
+                for (int64_t i = from; i < to; ++i) heads[i].step(t);
+            }
     for (int64_t i = 0; i < n; ++i) heads[i].finish();
 }
 
@@ -506,8 +614,9 @@ template <class Sweep, class Real> std::vector<Sweep> heads_of(const Problem &p,
 // make(n) gives a thread what it needs for n heads, a function of the first and the last. As many heads of a sequence go
 // together as stay in the cache, but no more than leave every thread some. Heads are independent: any number of threads
 // gives the same numbers.
-template <class F> void for_each_group(const Problem &p, int64_t bytes_per_head, F make) {
-    const int64_t fitting = GROUP_BYTES / std::max<int64_t>(bytes_per_head, 1);
+template <class F> void for_each_group(const Problem &p, int64_t bytes_per_head, int64_t row_bytes, F make) {
+    const int64_t memories = GROUP_BYTES / std::max<int64_t>(bytes_per_head, 1);
+    const int64_t rows = ROW_BYTES / std::max<int64_t>(p.steps * row_bytes, 1), fitting = rows ? std::min(rows, memories) : memories;
     const int64_t share = (p.batch * p.heads + p.threads - 1) / p.threads;
     const int64_t group = std::max<int64_t>(1, std::min({fitting, share, p.heads}));
     const int64_t per_sequence = (p.heads + group - 1) / group;
@@ -524,7 +633,7 @@ template <class F> void for_each_group(const Problem &p, int64_t bytes_per_head,
 
 template <class Real, bool DELTA, bool READS> void forward(const Problem &p, const Tensors<Real> &x) {
     using Sweep = Writing<Real, DELTA, READS>;
-    for_each_group(p, Sweep::bytes(p), [&](int64_t n) {
+    for_each_group(p, Sweep::bytes(p), p.row_numbers() * sizeof(Real), [&](int64_t n) {
         return [&p, heads = heads_of<Sweep>(p, x, n)](int64_t first, int64_t last) mutable {
             pass_through_time(p, heads, first, last, true);
         };
@@ -534,7 +643,7 @@ template <class Real, bool DELTA, bool READS> void forward(const Problem &p, con
 template <class Real, bool DELTA, bool READS> void backward(const Problem &p, const Tensors<Real> &x) {
     using Back = Receiving<Real, DELTA, READS>;
     using Forth = Rewriting<Real, DELTA, READS>;
-    for_each_group(p, Back::bytes(p), [&](int64_t n) {
+    for_each_group(p, Back::bytes(p) + Forth::bytes(p), p.row_numbers() * sizeof(Real), [&](int64_t n) {
         return [&p, back = heads_of<Back>(p, x, n), forth = heads_of<Forth>(p, x, n)](int64_t first, int64_t last) mutable {
             pass_through_time(p, back, first, last, false);
             // a sum rule that only writes gives its keys nothing else
