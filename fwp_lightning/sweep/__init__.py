@@ -346,10 +346,19 @@ class Sweep:
     def _show(self) -> None:
         running = [worker.run for worker in self.pool.busy() if worker.run is not None]
         done = self.plan.done + sum(outcome.status in (*DONE, "done before") for outcome in self.ended.values())
-        left = self._expected(running)
-        elapsed = sum(time.monotonic() - worker.since for worker in self.pool.busy()) / self.jobs
         assert self._display is not None
-        self._display.update(done, len(self.plan.runs), None if left is None else max(0.0, left - elapsed), running)
+        self._display.update(done, len(self.plan.runs), self._seconds_left(), running)
+
+    def _seconds_left(self) -> float | None:
+        """How long it will take; None where nothing was measured, or where what trains takes longer than measured."""
+        training = [(worker.run, worker.since) for worker in self.pool.busy() if worker.run is not None]
+        whole = self._expected([run for run, _ in training])
+        if whole is None:
+            return None
+        now, estimate = time.monotonic(), self.plan.estimate
+        # a run that is late takes nothing off those that wait
+        spent = sum(min(now - since, estimate.seconds(run) or 0.0) for run, since in training) / self.jobs
+        return whole - spent if whole > spent else None
 
     def _expected(self, running: list[Run]) -> float | None:
         """What the runs that train and wait will take; computed anew when one of them starts or ends."""
