@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -15,7 +16,7 @@ import torch
 
 from fwp_lightning.errors import UserError
 from fwp_lightning.results import Estimate, outcomes, read_points, read_store
-from fwp_lightning.sweep import Plan, plan_sweep, run_sweep, seconds_for
+from fwp_lightning.sweep import LocalSweep, Plan, plan_sweep, run_sweep, seconds_for
 from fwp_lightning.sweep.progress import duration, summary
 from fwp_lightning.sweep.training import check_run, first_cause, newest_checkpoint
 from fwp_lightning.sweep.workers import import_file
@@ -199,6 +200,21 @@ def test_progress_reads_as_people_say_it():
     assert summary(0, 3, None) == "0/3 done, time left not known yet"
     assert summary(3, 3, 0) == "3/3 done"
     assert [duration(seconds) for seconds in (-1, 42, 600, 36000)] == ["0 s", "42 s", "10 min", "10.0 h"]
+
+
+def test_a_run_that_is_late_takes_nothing_off_those_that_wait(toy):
+    runs = toy.runs()[:3]
+    plan = Plan(runs, runs, {}, Estimate([]))
+    plan.estimate.add(runs[0], 100.0)
+    workers = []
+    sweep = LocalSweep(plan, toy.project, SimpleNamespace(busy=lambda: workers), jobs=1)
+    assert sweep._seconds_left(*sweep._load()) == pytest.approx(300, abs=1)
+    workers.append(SimpleNamespace(run=sweep.waiting.popleft(), since=time.monotonic() - 30))
+    assert sweep._seconds_left(*sweep._load()) == pytest.approx(270, abs=1)
+    workers[0].since -= 1000
+    assert sweep._seconds_left(*sweep._load()) == pytest.approx(200, abs=1)
+    sweep.waiting.clear()
+    assert sweep._seconds_left(*sweep._load()) is None
 
 
 @pytest.mark.parametrize("folder", ["runs", "results"])

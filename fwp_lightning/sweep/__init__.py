@@ -263,13 +263,16 @@ class Sweep:
         text = f"{outcome.status}: {run.name}, {duration(outcome.seconds)}{said}"
         self._display.ended(run, text, notable=outcome.status in ("failed", "diverged"))
 
-    def _show(self, running: Sequence[Run], left: Sequence[Run], jobs: int, elapsed: float) -> None:
+    def _show(self, running: Sequence[Run], left: Sequence[Run], jobs: int, spent: float) -> None:
         """Show how far the sweep is, with ``left`` runs to end, ``jobs`` at once, which have trained for a while."""
         done = self.plan.done + sum(outcome.status in (*DONE, "done before") for outcome in self.ended.values())
-        expected = self._expected(left, jobs)
         assert self._display is not None
-        seconds = None if expected is None else max(0.0, expected - elapsed)
-        self._display.update(done, len(self.plan.runs), seconds, list(running))
+        self._display.update(done, len(self.plan.runs), self._seconds_left(left, jobs, spent), list(running))
+
+    def _seconds_left(self, left: Sequence[Run], jobs: int, spent: float) -> float | None:
+        """How long it will take; None where nothing was measured, or where what trains takes longer than measured."""
+        whole = self._expected(left, jobs)
+        return None if whole is None or whole <= spent else whole - spent
 
     def _expected(self, left: Sequence[Run], jobs: int) -> float | None:
         """What these runs will take; computed anew when one of them starts or ends."""
@@ -397,7 +400,13 @@ class LocalSweep(Sweep):
             self._take_in(POLL_SECONDS)
 
     def _show_workers(self) -> None:
-        busy = self.pool.busy()
-        running = [worker.run for worker in busy if worker.run is not None]
-        elapsed = sum(time.monotonic() - worker.since for worker in busy) / self.jobs
-        self._show(running, [*running, *self.waiting], self.jobs, elapsed)
+        running = [worker.run for worker in self.pool.busy() if worker.run is not None]
+        self._show(running, *self._load())
+
+    def _load(self) -> tuple[list[Run], int, float]:
+        """Return the runs that train and wait, how many train at once, and the seconds already spent on them."""
+        training = [(worker.run, worker.since) for worker in self.pool.busy() if worker.run is not None]
+        now, estimate = time.monotonic(), self.plan.estimate
+        # a run that is late takes nothing off those that wait
+        spent = sum(min(now - since, estimate.seconds(run) or 0.0) for run, since in training) / self.jobs
+        return [*(run for run, _ in training), *self.waiting], self.jobs, spent
