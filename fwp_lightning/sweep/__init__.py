@@ -13,11 +13,30 @@ from typing import TYPE_CHECKING, Any
 
 from fwp_lightning.errors import UserError
 from fwp_lightning.experiment import CHECKPOINT_SECONDS, Project, Run
-from fwp_lightning.results import Estimate, count_rows, counted, export, measured_seconds, outcomes, read_results
+from fwp_lightning.results import (
+    Estimate,
+    RowStatus,
+    count_rows,
+    counted,
+    export,
+    measured_seconds,
+    note_on,
+    outcomes,
+    project_status,
+    read_results,
+)
 from fwp_lightning.results_csv import DONE
 from fwp_lightning.sweep.progress import Display, console, display_for, duration, rows_table
 from fwp_lightning.sweep.workers import Outcome, Pool, Settings, Worker, import_file
-from fwp_lightning.tracking import Origin, close_dead_runs, deliver_journals, is_locked, open_store, require_folder
+from fwp_lightning.tracking import (
+    Origin,
+    close_dead_runs,
+    deliver_journals,
+    describe_experiment,
+    is_locked,
+    open_store,
+    require_folder,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -177,7 +196,10 @@ def run_sweep(
             sweep.train(display)
         deliver_journals(client, project)
         close_dead_runs(client, project)
-    out.print(rows_table(count_rows(plan.runs, {**plan.known, **sweep.outcomes()})))
+    rows = count_rows(plan.runs, {**plan.known, **sweep.outcomes()})
+    out.print(rows_table(rows))
+    for name in dict.fromkeys(row.experiment for row in rows):
+        describe_experiment(client, project, name, note_on(_all_rows(client, project, name, rows)))
     for run, outcome in sweep.failures():
         out.print(f"failed: {run.name}: {outcome.message}", markup=False, soft_wrap=True)
     if sweep.failures():
@@ -188,6 +210,17 @@ def run_sweep(
         out.print(f"stopped; {counted(left, 'run')} {'goes' if left == 1 else 'go'} on with the next sweep")
         return 128 + sweep.signal
     return 1 if sweep.failures() else 0
+
+
+def _all_rows(client: MlflowClient, project: Project, name: str, rows: Iterable[RowStatus]) -> list[RowStatus]:
+    """Return how far an experiment is in every profile and protocol that was tracked, not in those of a sweep alone."""
+    known = {(row.profile, row.protocol, row.row): row for row in project_status(client, project, [name])}
+    for row in rows:
+        place = (row.profile, row.protocol, row.row)
+        # runs of the user's own parts or texts are known to the sweep alone
+        if row.experiment == name and (place not in known or row.complete > known[place].complete):
+            known[place] = row
+    return list(known.values())
 
 
 @contextlib.contextmanager
