@@ -409,6 +409,25 @@ def count_rows(runs: Iterable[Run], known: dict[str, str]) -> list[RowStatus]:
     return list(lines.values())
 
 
+def note_on(rows: Sequence[RowStatus]) -> str:
+    """Return in Markdown how far an experiment is, for the head of its page in MLflow."""
+    name = rows[0].experiment
+    lines = [
+        f"| {' | '.join([row.row.replace('|', '/'), row.profile, row.protocol])} "
+        f"| {row.complete}/{row.total} | {row.diverged} |"
+        for row in rows
+    ]
+    return "\n".join(
+        [
+            f"Runs of `experiments/{name}.yaml`; `fwp report {name}` draws them into `reports/output/index.html`.",
+            "",
+            "| row | profile | protocol | complete | diverged |",
+            "| --- | --- | --- | ---: | ---: |",
+            *lines,
+        ]
+    )
+
+
 def measured_seconds(client: MlflowClient | None, project: Project) -> list[Row]:
     """Return the ended runs of the store and of results/runs.csv that say how long they took."""
     rows = read_runs(csv_files(project)[0])

@@ -49,6 +49,9 @@ LONGEST_RETRY_SECONDS = 300.0
 BATCH_POINTS, BATCH_PARAMS, BATCH_TAGS = 1000, 100, 100
 LONGEST_PARAM, LONGEST_TAG = 500, 4900
 LOCK_SECONDS = 120
+# opens the runs of an experiment in MLflow's pages on training, not in those on language model applications
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+NOTE, LONGEST_NOTE = "mlflow.note.content", 4900
 
 
 # --- the store -------------------------------------------------------------------------------------------------------
@@ -163,10 +166,20 @@ def experiment_id(client: MlflowClient, project: Project, name: str) -> str:
             # a server knows itself where artifacts go; beside a database they lie in the project
             remote = project.store_uri.startswith("http")
             location = None if remote else (project.artifacts / name).absolute().as_uri()
-            return client.create_experiment(name, artifact_location=location)
+            return client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
         if found.lifecycle_stage != "active":
             client.restore_experiment(found.experiment_id)
         return found.experiment_id
+
+
+def describe_experiment(client: MlflowClient, project: Project, name: str, note: str) -> None:
+    """Set what MLflow shows above the runs of an experiment, in Markdown; a store that refuses costs the note alone."""
+    try:
+        home = experiment_id(client, project, name)
+        for key, text in {**EXPERIMENT_TAGS, NOTE: redacted(note)[:LONGEST_NOTE]}.items():
+            client.set_experiment_tag(home, key, text)
+    except Exception as error:  # noqa: BLE001 - whatever the store raises, the results matter more
+        log.warning("%s: the note of the experiment was refused (%s)", name, _short(error))
 
 
 # --- where a run comes from ------------------------------------------------------------------------------------------

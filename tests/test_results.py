@@ -16,6 +16,7 @@ from fwp_lightning.results import (
     count_rows,
     export,
     format_number,
+    note_on,
     outcomes,
     project_status,
     read_metrics,
@@ -24,7 +25,7 @@ from fwp_lightning.results import (
     read_store,
     read_translations,
 )
-from fwp_lightning.tracking import RunRecorder, open_store
+from fwp_lightning.tracking import RunRecorder, describe_experiment, open_store
 
 
 def record(tracked, client, key, *, row="plain", seed="1", point="n_keys=2", losses=(1.0,), status="FINISHED", **tags):
@@ -251,6 +252,25 @@ def test_status_counts_the_runs_of_every_row(tracked, client, train):
     known = {runs[0].run_key: "diverged", runs[1].run_key: "failed", runs[2].run_key: "running"}
     plain, tanh, _ = count_rows(runs, known)
     assert (plain.done, plain.diverged, plain.failed, tanh.running) == (1, 1, 1, 1)
+
+
+def test_the_page_of_an_experiment_says_how_far_it_is(tracked, client, train):
+    runs = tracked.runs()
+    train(runs[0])
+    rows = project_status(client, tracked.project, ["toy"])
+    describe_experiment(client, tracked.project, "toy", note_on(rows))
+    tags = client.get_experiment_by_name("toy").tags
+    assert tags["mlflow.experimentKind"] == "custom_model_development"
+    assert "| plain | smoke | released | 1/2 | 0 |" in tags["mlflow.note.content"].splitlines()
+
+
+def test_a_note_that_is_refused_stops_nothing(tracked, client, caplog):
+    class Refusing:
+        def __getattr__(self, name):
+            raise RuntimeError("the store is away")
+
+    describe_experiment(Refusing(), tracked.project, "toy", "x")
+    assert "the note of the experiment was refused (the store is away)" in caplog.text
 
 
 def test_the_end_of_a_run_is_a_column_and_survives_a_late_delivery(tracked, client, monkeypatch):

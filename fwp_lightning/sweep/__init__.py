@@ -13,12 +13,31 @@ from typing import TYPE_CHECKING, Any
 
 from fwp_lightning.errors import UserError
 from fwp_lightning.experiment import CHECKPOINT_SECONDS, Project, Run, processes_of
-from fwp_lightning.results import Estimate, count_rows, counted, export, measured_seconds, outcomes, read_results
+from fwp_lightning.results import (
+    Estimate,
+    RowStatus,
+    count_rows,
+    counted,
+    export,
+    measured_seconds,
+    note_on,
+    outcomes,
+    project_status,
+    read_results,
+)
 from fwp_lightning.results_csv import DONE
 from fwp_lightning.slurm import Resources
 from fwp_lightning.sweep.progress import Display, console, display_for, duration, rows_table
 from fwp_lightning.sweep.workers import Outcome, Pool, Settings, Worker, import_file
-from fwp_lightning.tracking import Origin, close_dead_runs, deliver_journals, is_locked, open_store, require_folder
+from fwp_lightning.tracking import (
+    Origin,
+    close_dead_runs,
+    deliver_journals,
+    describe_experiment,
+    is_locked,
+    open_store,
+    require_folder,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -188,7 +207,10 @@ def run_sweep(
             sweep.train(display)
         deliver_journals(client, project)
         close_dead_runs(client, project)
-    out.print(rows_table(count_rows(plan.runs, {**plan.known, **sweep.outcomes()})))
+    rows = count_rows(plan.runs, {**plan.known, **sweep.outcomes()})
+    out.print(rows_table(rows))
+    for name in dict.fromkeys(row.experiment for row in rows):
+        describe_experiment(client, project, name, note_on(_all_rows(client, project, name, rows)))
     for run, outcome in sweep.failures():
         out.print(f"failed: {run.name}: {outcome.message}", markup=False, soft_wrap=True)
     if sweep.failures():
@@ -207,6 +229,17 @@ def _sweep_for(plan: Plan, settings: Settings, jobs: int | None, resources: Reso
         return SlurmSweep(plan, settings, resources, jobs)
     jobs = max(1, min(jobs or default_jobs(plan.runs), len(plan.pending) or 1))
     return LocalSweep(plan, settings.project, Pool(settings), jobs)
+
+
+def _all_rows(client: MlflowClient, project: Project, name: str, rows: Iterable[RowStatus]) -> list[RowStatus]:
+    """Return how far an experiment is in every profile and protocol that was tracked, not in those of a sweep alone."""
+    known = {(row.profile, row.protocol, row.row): row for row in project_status(client, project, [name])}
+    for row in rows:
+        place = (row.profile, row.protocol, row.row)
+        # runs of the user's own parts or texts are known to the sweep alone
+        if row.experiment == name and (place not in known or row.complete > known[place].complete):
+            known[place] = row
+    return list(known.values())
 
 
 @contextlib.contextmanager
