@@ -5,8 +5,8 @@
 // for what earlier steps left (Rewriting), which writes the memory again from its first state. So no memory is kept, and
 // none is recovered by undoing writes, which would lose all digits where a memory grows.
 //
-// All heads of a sequence take a step before any takes the next one: [B, T, H, D] is then read and written from front to
-// back, and the chain of one head's steps waits while others work. ../README.md has the equations.
+// Heads whose memories fit the first cache together take a pass before any takes the next one: the chain of one head's
+// steps waits while others work. ../README.md has the equations.
 
 #include <algorithm>
 #include <cstdint>
@@ -178,7 +178,7 @@ template <class Real, bool DELTA, bool READS> struct Head {
     void store_normaliser(Real *vectors) const {
         if (p.normalise_readout) std::copy(z.numbers(), z.numbers() + K, vectors + index * K);
     }
-    // two steps before a pass compute the rows it needs, all heads the first half before any the second
+    // ahead of a pass compute the rows it needs, all heads the first half before any the second
     void prepare_features(int64_t t, FeatureRows<Real> &rows) const {
         for (int64_t s = t; s < std::min(t + STEPS, T); ++s) rows.prepare(s);
     }
@@ -616,7 +616,8 @@ template <class Sweep, class Real> std::vector<Sweep> heads_of(const Problem &p,
 // gives the same numbers.
 template <class F> void for_each_group(const Problem &p, int64_t bytes_per_head, int64_t row_bytes, F make) {
     const int64_t memories = GROUP_BYTES / std::max<int64_t>(bytes_per_head, 1);
-    const int64_t rows = ROW_BYTES / std::max<int64_t>(p.steps * row_bytes, 1), fitting = rows ? std::min(rows, memories) : memories;
+    const int64_t rows = ROW_BYTES / std::max<int64_t>(p.steps * row_bytes, 1);
+    const int64_t fitting = rows ? std::min(rows, memories) : memories;
     const int64_t share = (p.batch * p.heads + p.threads - 1) / p.threads;
     const int64_t group = std::max<int64_t>(1, std::min({fitting, share, p.heads}));
     const int64_t per_sequence = (p.heads + group - 1) / group;
