@@ -33,10 +33,12 @@ CONFIGS = {
     "identity sum": AttentionConfig("sum", "identity"),
     "elu sum": AttentionConfig("sum", "elu", attention_norm="readout"),
     "dpfp-1 sum": AttentionConfig("sum", "dpfp", nu=1, attention_norm="readout"),
+    "dpfp-2 sum": AttentionConfig("sum", "dpfp", nu=2, attention_norm="readout"),
     "dpfp-3 sum": AttentionConfig("sum", "dpfp", nu=3, attention_norm="readout"),
     "favor sum": favor("sum", "none", "none", attention_norm="readout"),
     "stabilised favor sum": favor("sum", "sequence", "rsqrt_sqrt_d", 19, attention_norm="readout"),
     "elu delta": AttentionConfig("delta", "elu", phi_norm="sum"),
+    "dpfp-1 delta": AttentionConfig("delta", "dpfp", nu=1, phi_norm="sum", key_norm_eps=1e-6, query_norm_eps=1e-6),
     "dpfp-2 delta": AttentionConfig("delta", "dpfp", nu=2, phi_norm="sum", key_norm_eps=1e-6, query_norm_eps=1e-6),
     "favor delta": favor("delta", "none", "none", phi_norm="sum"),
     "stabilised favor delta": favor("delta", "vector", "rsqrt_sqrt_d", 19, phi_norm="sum", key_norm_eps=1e-6),
@@ -76,6 +78,16 @@ def test_loss_and_gradients_equal_pytorch_at_odd_sizes(name: str, batch: int, pa
     model, batches = build(CONFIGS[name], 7, d_key), draw(1, batch, pairs, 7)
     for ours, theirs in zip(in_cpp(model, batches), in_pytorch(model, batches), strict=True):
         # float64 sums of a few hundred terms; LayerNorm divides by standard deviations of about 1e-2
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("batch", "pairs"), [(1, 1), (2, 6), (5, 33)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss_and_gradients_equal_pytorch_at_the_papers_size_of_a_key(name: str, batch: int, pairs: int) -> None:
+    """There rings and recurrences stay in registers, sequences of the delta rule go in pairs and tokens in fours."""
+    model, batches = build(CONFIGS[name], 9, 64), draw(1, batch, pairs, 9)
+    for ours, theirs in zip(in_cpp(model, batches), in_pytorch(model, batches), strict=True):
+        # as above
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 

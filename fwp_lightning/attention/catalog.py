@@ -124,8 +124,8 @@ def _outlook(kernels: tuple[str, ...]) -> tuple[bool, str]:
 
 def kernels() -> list[BackendEntry]:
     """Return the C++ kernels of the retrieval task; `auto` takes them where they are available."""
-    uses = {"pair_training": ("softmax", "sum", "delta", "fwm")}
-    return [BackendEntry(name, rules_, *compiled.outlook(name)) for name, rules_ in uses.items()]
+    rules_ = ("softmax", "sum", "delta", "fwm")
+    return [BackendEntry(name, rules_, *compiled.outlook(name)) for name in ("pair_draws", "pair_training")]
 
 
 def paper_names() -> list[PaperName]:

@@ -9,6 +9,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <tuple>
+#include <utility>
 
 #include "fwm_memory.h"
 #include "lanes.h"
@@ -70,6 +72,24 @@ template <class Real, int N> inline Real total_of(typename Wide<Real, N>::type x
 }
 inline float total(Lanes<float>::type x) { return total_of<float, LANES>(x); }
 inline double total(Lanes<double>::type x) { return total_of<double, LANES>(x); }
+// the totals of four vectors, added up in the same order; they share the additions where a vector has room for all
+template <class Real> inline void store_totals(Real *to, const typename Lanes<Real>::type *x) {
+    if constexpr (LANES == 16) {
+        using V = typename Lanes<Real>::type;
+        const auto halves = [](V a, V b) {
+            return V(__builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)) +
+                   V(__builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
+        };
+        const V a = halves(x[0], x[1]), b = halves(x[2], x[3]);
+        V sum = V(__builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)) +
+                V(__builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31));
+        sum += V(__builtin_shufflevector(sum, sum, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+        sum += V(__builtin_shufflevector(sum, sum, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+        for (int i = 0; i < 4; ++i) to[i] = sum[4 * i];
+    } else {
+        for (int i = 0; i < 4; ++i) to[i] = total(x[i]);
+    }
+}
 template <class V> inline V larger(V a, V b) { return a > b ? a : b; }
 template <class Real, class V> inline Real largest(V x) {
     Real out = x[0];
@@ -145,7 +165,12 @@ template <class Real, int64_t SIZE> class Training {
         directions = p.map == FAVOR ? p.directions + (p.directions_per_step ? n * m * D() : 0) : nullptr;
         project();
         Real loss = 0;
-        for (int64_t b = 0; b < B; ++b) loss += sequence(b);
+        int64_t b = 0;
+        if (p.rule == DELTA && p.map != FAVOR) {
+            if (features == 4 * LANES) b = pairs_of_sequences<4, 2>(loss);
+            if (features == 8 * LANES) b = pairs_of_sequences<8, 1>(loss);
+        }
+        for (; b < B; ++b) loss += sequence(b);
         project_backward();
         return loss / B;
     }
@@ -184,12 +209,16 @@ template <class Real, int64_t SIZE> class Training {
         query = take(B * row()), grad_query = take(B * row()), queried = take(B * e), grad_queried = take(B * e);
         key_exp = take(p.map == ELU ? S * row() : 0), value_exp = take(p.map == ELU ? S * row() : 0);
         key_beta = take(S), value_beta = take(S), grad_key_beta = take(S), grad_value_beta = take(S);
-        weights = take(T), grads = take(T), beta = take(T), grad_beta = take(T), scales = take(T), y = take(S), grad_y = take(S);
-        query_phi = take(features), grad_query_phi = take(features), state = take(features), adjoint = take(features);
         const bool keeps_rows = p.rule == DELTA || p.rule == FWM;
-        phi = take(keeps_rows ? T * features : 0), grad_phi = take(p.rule == FWM ? T * features : TILE * features);
+        for (int place = p.rule == DELTA ? 1 : 0; place >= 0; --place) {
+            weights = take(T), grads = take(T), beta = take(T), grad_beta = take(T), scales = take(T), y = take(S), grad_y = take(S);
+            query_phi = take(features), grad_query_phi = take(features), state = take(features), adjoint = take(features);
+            phi = take(keeps_rows ? T * features : 0), query_u = take(ring() + LANES);
+            places[place] = own();
+        }
+        grad_phi = take(p.rule == FWM ? T * features : TILE * features);
         u = take(TILE * (ring() + LANES)), grad_u = take(TILE * (ring() + LANES)), u_ring = take(TILE * ring_row), pulled_ring = take(TILE * ring_row);
-        query_u = take(ring() + LANES), grad_query_u = take(ring() + LANES);
+        grad_query_u = take(ring() + LANES);
         key_projected = take(S * directions_row), value_projected = take(S * directions_row);
         key_powers = take(2 * S * directions_row), value_powers = take(2 * S * directions_row);
         grad_key_projected = take(S * directions_row), grad_value_projected = take(S * directions_row);
@@ -239,8 +268,7 @@ template <class Real, int64_t SIZE> class Training {
         const Real *E = p.parameters[EMBEDDING], *W = p.parameters[W_K];
         for (int64_t i = 0; i < S; ++i) std::copy_n(p.parameters[B_K], D(), key_table + i * row());
         product_with_transpose(E, e, S, D(), e, W + S, p.n_pair(), 1, key_table, row());
-        for (int64_t d = 0; d < D(); ++d)
-            for (int64_t j = 0; j < S; ++j) value_table[j * row() + d] = W[d * p.n_pair() + j];
+        transpose(value_table, row(), row(), W, p.n_pair(), D(), S);
         for (int64_t b = 0; b < B; ++b) {
             std::copy_n(E + queries[b] * e, e, queried + b * e);
             std::copy_n(p.parameters[B_Q], D(), query + b * row());
@@ -263,8 +291,7 @@ template <class Real, int64_t SIZE> class Training {
         if (p.map == FAVOR) project_on_directions_backward();
         const Real *E = p.parameters[EMBEDDING], *W = p.parameters[W_K];
         Real *const *g = p.gradients;
-        for (int64_t d = 0; d < D(); ++d)
-            for (int64_t j = 0; j < S; ++j) g[W_K][d * p.n_pair() + j] = grad_value_table[j * row() + d];
+        transpose(g[W_K], p.n_pair(), S, grad_value_table, row(), S, D());
         product({grad_key_table, 1, row()}, D(), e, S, E, e, 0, g[W_K] + S, p.n_pair());
         product({grad_key_table, row(), 1}, S, e, D(), W + S, p.n_pair(), 0, g[EMBEDDING], e);
         column_sums(grad_key_table, S, g[B_K]);
@@ -297,11 +324,14 @@ template <class Real, int64_t SIZE> class Training {
     }
 
     // ---- one sequence: read, compare, and pull the error back ----
-    Real sequence(int64_t b) {
+    void begin(int64_t b) {
         key_ids = keys + b * T, value_ids = values + b * T, q = query + b * row(), grad_q = grad_query + b * row(), sequence_index = b;
         std::fill_n(y, S, Real(0));
         prepare_query();
         if (p.has_beta()) write_strengths();
+    }
+    Real sequence(int64_t b) {
+        begin(b);
         if (p.rule == SUM || p.rule == SOFTMAX) read_by_kernel();
         if (p.rule == DELTA) read_by_adjoint();
         if (p.rule == FWM) read_memory();
@@ -363,20 +393,22 @@ template <class Real, int64_t SIZE> class Training {
         Real sum = 0;
         for (int64_t t = 0; t < T; ++t) sum += weights[t];
         denominator = p.rule == SOFTMAX ? sum : p.normalise_readout ? sum + Real(p.readout_eps) : Real(1);
-        for (int64_t t = 0; t < T; ++t) {
-            kernel_values(t) = weights[t];
-            weights[t] /= denominator;
-            y[value_ids[t]] += weights[t];
+        for (int64_t t = 0; t < T; t += LANES) {
+            const V kernel = load<V>(weights + t);
+            store(scales + t, kernel);
+            store(weights + t, kernel / denominator);
         }
+        for (int64_t t = 0; t < T; ++t) y[value_ids[t]] += weights[t];
     }
     void read_by_kernel_backward() {
         Real mean = 0;
         if (p.rule == SOFTMAX || p.normalise_readout)
             for (int64_t t = 0; t < T; ++t) mean += weights[t] * grad_y[value_ids[t]];
         const Real scale = 1 / std::sqrt(Real(D()));
-        for (int64_t t = 0; t < T; ++t) {
-            const Real g = grad_y[value_ids[t]] - mean;
-            grads[t] = p.rule == SOFTMAX ? g * weights[t] * scale : g / denominator;
+        for (int64_t t = 0; t < T; ++t) grads[t] = grad_y[value_ids[t]] - mean;
+        for (int64_t t = 0; t < T; t += LANES) {
+            const V g = load<V>(grads + t);
+            store(grads + t, p.rule == SOFTMAX ? g * load<V>(weights + t) * scale : g / denominator);
         }
         kernels_backward();
     }
@@ -386,15 +418,24 @@ template <class Real, int64_t SIZE> class Training {
     void kernels() {
         if (p.map == DPFP) return ring_kernels();
         if (p.map == FAVOR) return exponential_kernels();
-        for (int64_t t = 0; t < T; ++t) {
+        total_by_token([this](int64_t t) {
             const int64_t i = key_ids[t] * row(), j = value_ids[t] * row();
             V sum{}, f, unused;
             for (int64_t d = 0; d < row(); d += LANES) {
                 mapped_pair(i + d, j + d, f, unused);
                 sum += f * load<V>(query_phi + d);
             }
-            weights[t] = total(sum);
+            return sum;
+        });
+    }
+    // the total of a vector for each token, in `weights`
+    template <class Sum> void total_by_token(Sum sum) {
+        int64_t t = 0;
+        for (; t + 4 <= T; t += 4) {
+            const V sums[4] = {sum(t), sum(t + 1), sum(t + 2), sum(t + 3)};
+            store_totals<Real>(weights + t, sums);
         }
+        for (; t < T; ++t) weights[t] = total(sum(t));
     }
     void kernels_backward() {
         if (p.map == DPFP) return ring_kernels_backward();
@@ -508,7 +549,77 @@ template <class Real, int64_t SIZE> class Training {
         for (int64_t i = 0; i < n; ++i) close_ring(ring_at(i));
         return n;
     }
+    // A ring of the known size in registers, its neighbours by shuffles: for the paper's nu, where it fits.
+    static constexpr int RING_VECTORS = 2 * SIZE / LANES;
+    static constexpr bool RING_FITS = SIZE > 0 && SIZE % LANES == 0 && RING_VECTORS <= 16;
+
+    template <int SHIFT, size_t... I> static V window(V a, V b, std::index_sequence<I...>) {
+        return __builtin_shufflevector(a, b, (I + SHIFT)...);
+    }
+    template <int J> static V after(const V *ring, int v) {
+        return window<J>(ring[v], ring[(v + 1) % RING_VECTORS], std::make_index_sequence<LANES>());
+    }
+    template <int J> static V before(const V *ring, int v) {
+        return window<LANES - J>(ring[(v + RING_VECTORS - 1) % RING_VECTORS], ring[v], std::make_index_sequence<LANES>());
+    }
+    void rectify_in_registers(int64_t t, V *to) const {
+        const Real *a = key_table + key_ids[t] * row(), *c = value_table + value_ids[t] * row();
+#pragma GCC unroll 8
+        for (int v = 0; v < RING_VECTORS / 2; ++v) {
+            const V x = load<V>(a + v * LANES) + load<V>(c + v * LANES);
+            to[v] = positive_part(x);
+            to[v + RING_VECTORS / 2] = positive_part(-x);
+        }
+    }
+    template <int NU> void kernels_in_registers() {
+        total_by_token([this](int64_t t) {
+            V ring[RING_VECTORS], sum{};
+            rectify_in_registers(t, ring);
+#pragma GCC unroll 16
+            for (int v = 0; v < RING_VECTORS; ++v) ring[v] *= load<V>(query_u + v * LANES);
+#pragma GCC unroll 16
+            for (int v = 0; v < RING_VECTORS; ++v) {
+                V neighbours = after<1>(ring, v);
+                if constexpr (NU > 1) neighbours += after<2>(ring, v);
+                if constexpr (NU > 2) neighbours += after<3>(ring, v);
+                sum += ring[v] * neighbours;
+            }
+            return sum;
+        });
+    }
+    template <int NU> void kernels_in_registers_backward() {
+        V grad_against[RING_VECTORS] = {};
+        for (int64_t t = 0; t < T; ++t) {
+            V own[RING_VECTORS], ring[RING_VECTORS], grad[RING_VECTORS];
+            rectify_in_registers(t, own);
+#pragma GCC unroll 16
+            for (int v = 0; v < RING_VECTORS; ++v) ring[v] = own[v] * load<V>(query_u + v * LANES);
+#pragma GCC unroll 16
+            for (int v = 0; v < RING_VECTORS; ++v) {
+                V neighbours = after<1>(ring, v) + before<1>(ring, v);
+                if constexpr (NU > 1) neighbours += after<2>(ring, v) + before<2>(ring, v);
+                if constexpr (NU > 2) neighbours += after<3>(ring, v) + before<3>(ring, v);
+                neighbours *= grads[t];
+                grad_against[v] += neighbours * own[v];
+                grad[v] = neighbours * load<V>(query_u + v * LANES);
+            }
+            Real *a = grad_key_table + key_ids[t] * row(), *c = grad_value_table + value_ids[t] * row();
+#pragma GCC unroll 8
+            for (int v = 0; v < RING_VECTORS / 2; ++v) {
+                const int w = v + RING_VECTORS / 2;
+                const V g = (own[v] > 0 ? grad[v] : V{}) - (own[w] > 0 ? grad[w] : V{});
+                add(a + v * LANES, g);
+                add(c + v * LANES, g);
+            }
+        }
+        for (int v = 0; v < RING_VECTORS; ++v) store(grad_query_u + v * LANES, grad_against[v]);
+    }
     void ring_kernels() {
+        if constexpr (RING_FITS) {
+            if (p.nu == 1) return kernels_in_registers<1>();
+            if (p.nu == 2) return kernels_in_registers<2>();
+            if (p.nu == 3) return kernels_in_registers<3>();
+        }
         const int64_t u_row = ring() + LANES, between = ring_row, nu = p.nu;
         for (int64_t first = 0; first < T; first += TILE) {
             const int64_t n = tile_of_rings(first);
@@ -529,6 +640,11 @@ template <class Real, int64_t SIZE> class Training {
         }
     }
     void ring_kernels_backward() {
+        if constexpr (RING_FITS) {
+            if (p.nu == 1) return kernels_in_registers_backward<1>();
+            if (p.nu == 2) return kernels_in_registers_backward<2>();
+            if (p.nu == 3) return kernels_in_registers_backward<3>();
+        }
         std::fill_n(grad_query_u, ring(), Real(0));
         const int64_t u_row = ring() + LANES, between = ring_row, nu = p.nu;
         for (int64_t first = 0; first < T; first += TILE) {
@@ -691,7 +807,7 @@ template <class Real, int64_t SIZE> class Training {
     }
 
     // ---- delta: r <- r - a_t k_t with a_t = beta_t k_t . r, backwards in time from r = q; k_t = scale_t phi_t ----
-    void read_by_adjoint() {
+    void normalised_rows() {
         feature_rows();
         for (int64_t t = 0; t < T; ++t) {
             const Real s = p.map == FAVOR ? scales[t] : Real(1);
@@ -699,6 +815,9 @@ template <class Real, int64_t SIZE> class Training {
             scales[t] = s / denominators(t);
         }
         std::copy_n(query_phi, features, state);
+    }
+    void read_by_adjoint() {
+        normalised_rows();
         Real *r = state;
         const int64_t E = features;
         for (int64_t t = T - 1; t >= 0; --t) {
@@ -739,6 +858,112 @@ template <class Real, int64_t SIZE> class Training {
         std::copy_n(adjoint, features, grad_query_phi);
     }
     Real &denominators(int64_t t) { return grads[t]; }
+
+    // The same with r and its adjoint in N registers each, GROUP sequences side by side: each waits long for its own sums.
+    struct Recurrence {
+        const int64_t *value_ids;
+        Real *phi, *beta, *scales, *weights, *y, *state, *adjoint, *grad_y, *grad_beta, *denominators;
+    };
+    Recurrence recurrence() const {
+        return {value_ids, phi, beta, scales, weights, y, state, adjoint, grad_y, grad_beta, grads};
+    }
+    template <int N> static Real dot_of(const V *a, const V *b) {
+        V even{}, odd{};
+#pragma GCC unroll 8
+        for (int v = 0; v < N; v += 2) {
+            even += a[v] * b[v];
+            odd += a[v + 1] * b[v + 1];
+        }
+        return total(even + odd);
+    }
+    template <int N> static void load_all(V *to, const Real *from) {
+#pragma GCC unroll 8
+        for (int v = 0; v < N; ++v) to[v] = load<V>(from + v * LANES);
+    }
+    template <int N, int GROUP> void unwind(const Recurrence *of) const {
+        V r[GROUP][N];
+        for (int g = 0; g < GROUP; ++g) load_all<N>(r[g], of[g].state);
+        for (int64_t t = T - 1; t >= 0; --t)
+#pragma GCC unroll 2
+            for (int g = 0; g < GROUP; ++g) {
+                V f[N];
+                load_all<N>(f, of[g].phi + t * N * LANES);
+                const Real s = of[g].scales[t], a = of[g].beta[t] * (dot_of<N>(f, r[g]) * s), step = a * s;
+#pragma GCC unroll 8
+                for (int v = 0; v < N; ++v) r[g][v] -= step * f[v];
+                of[g].weights[t] = a;
+                of[g].y[of[g].value_ids[t]] += a;
+            }
+        for (int g = 0; g < GROUP; ++g)
+            for (int v = 0; v < N; ++v) store(of[g].state + v * LANES, r[g][v]);
+    }
+    // the gradient of a row of phi takes its place
+    template <int N, int GROUP> void wind_up(const Recurrence *of) const {
+        V r[GROUP][N], pulled[GROUP][N] = {};
+        for (int g = 0; g < GROUP; ++g) load_all<N>(r[g], of[g].state);
+        for (int64_t t = 0; t < T; ++t)
+#pragma GCC unroll 2
+            for (int g = 0; g < GROUP; ++g) {
+                V f[N], grad[N], reads{};
+                load_all<N>(f, of[g].phi + t * N * LANES);
+                const Real a = of[g].weights[t], s = of[g].scales[t], seen = dot_of<N>(f, pulled[g]) * s;
+                const Real lambda = of[g].grad_y[of[g].value_ids[t]] - seen, mu = of[g].beta[t] * lambda;
+                const Real undo = a * s, add_on = mu * s;
+#pragma GCC unroll 8
+                for (int v = 0; v < N; ++v) {
+                    r[g][v] += undo * f[v];
+                    reads += f[v] * r[g][v];
+                    grad[v] = mu * r[g][v] - a * pulled[g][v];
+                    pulled[g][v] += add_on * f[v];
+                }
+                const Real retrieved = total(reads) * s;
+                of[g].grad_beta[t] = lambda * retrieved;
+                const Real along = mu * retrieved - a * seen, inverse = 1 / of[g].denominators[t];
+#pragma GCC unroll 8
+                for (int v = 0; v < N; ++v) store(of[g].phi + (t * N + v) * LANES, (grad[v] - along) * inverse);
+            }
+        for (int g = 0; g < GROUP; ++g)
+            for (int v = 0; v < N; ++v) store(of[g].adjoint + v * LANES, pulled[g][v]);
+    }
+    // all whole pairs of sequences; returns how many sequences those are
+    template <int N, int GROUP_BACKWARD> int64_t pairs_of_sequences(Real &loss) {
+        int64_t b = 0;
+        for (; b + 2 <= B; b += 2) {
+            Recurrence both[2];
+            for (int i = 0; i < 2; ++i) {
+                enter(i);
+                begin(b + i);
+                normalised_rows();
+                both[i] = recurrence();
+            }
+            unwind<N, 2>(both);
+            for (int i = 0; i < 2; ++i) {
+                enter(i);
+                loss += compare(targets[b + i]);
+            }
+            for (int i = 0; i < 2; i += GROUP_BACKWARD) wind_up<N, GROUP_BACKWARD>(both + i);
+            for (int i = 0; i < 2; ++i) {
+                enter(i);
+                for (int64_t t = 0; t < T; t += TILE) feature_rows_backward(t, std::min<int64_t>(TILE, T - t), phi + t * features);
+                std::copy_n(adjoint, features, grad_query_phi);
+                write_strengths_backward();
+                query_backward();
+            }
+        }
+        enter(0);
+        return b;
+    }
+    // what belongs to one sequence, of which the rule delta has two under way
+    auto own() {
+        return std::tie(key_ids, value_ids, q, grad_q, sequence_index, query_sum, weights, grads, beta, grad_beta, scales, y, grad_y,
+                        query_phi, grad_query_phi, state, adjoint, phi, query_u);
+    }
+    void enter(int place) {
+        if (place == entered) return;
+        places[entered] = own();
+        own() = places[place];
+        entered = place;
+    }
 
     // ---- fwm: the memory itself is written, and read once ----
     FwmSequence<Real> memory_sequence() const {
@@ -959,12 +1184,12 @@ template <class Real, int64_t SIZE> class Training {
     const Problem<Real> &p;
     int64_t B, T, S, e, m;
     int64_t directions_row, features, ring_pad, ring_row;
-    const int64_t *keys, *values, *queries, *targets, *key_ids, *value_ids;
+    const int64_t *keys, *values, *queries, *targets, *key_ids = nullptr, *value_ids = nullptr;
     const Real *directions;
-    int64_t sequence_index;
-    Real denominator, query_sum;
+    int64_t sequence_index = 0;
+    Real denominator, query_sum = 0;
     bool has_exponentials = false;
-    Real *q, *grad_q, *transposed;
+    Real *q = nullptr, *grad_q = nullptr, *transposed;
     Real *key_table, *value_table, *grad_key_table, *grad_value_table, *query, *grad_query, *queried, *grad_queried;
     Real *key_exp, *value_exp;
     Real *key_beta, *value_beta, *grad_key_beta, *grad_value_beta;
@@ -973,10 +1198,14 @@ template <class Real, int64_t SIZE> class Training {
     Real *key_projected, *value_projected, *key_powers, *value_powers, *grad_key_projected, *grad_value_projected;
     Real *query_projected, *grad_query_projected, *key_peak, *value_peak, *peaks, *log_scales, *slow, *slow_row;
     Real *memory_kept, *memory_scratch;
+    std::tuple<const int64_t *, const int64_t *, Real *, Real *, int64_t, Real, Real *, Real *, Real *, Real *, Real *, Real *, Real *,
+               Real *, Real *, Real *, Real *, Real *, Real *>
+        places[2];
+    int entered = 0;
 };
 
-// the paper's D in the precision that trains; float64 is for tests
-template <class Real> constexpr int64_t KNOWN = sizeof(Real) == 4 ? 64 : 0;
+// the paper's D
+constexpr int64_t KNOWN = 64;
 
 template <class Real, int64_t SIZE> void gradients(const Problem<Real> &p) { p.losses[0] = Training<Real, SIZE>(p).step(0); }
 
@@ -992,10 +1221,10 @@ template <class Real, int64_t SIZE> void steps(const Problem<Real> &p) {
 
 #define FWP_PAIR_TRAINING(REAL, SUFFIX)                                                                                   \
     extern "C" void fwp_pair_training_gradients_##SUFFIX(const Problem<REAL> *p) {                                        \
-        p->size == KNOWN<REAL> ? gradients<REAL, KNOWN<REAL>>(*p) : gradients<REAL, 0>(*p);                               \
+        p->size == KNOWN ? gradients<REAL, KNOWN>(*p) : gradients<REAL, 0>(*p);                                           \
     }                                                                                                                     \
     extern "C" void fwp_pair_training_steps_##SUFFIX(const Problem<REAL> *p) {                                            \
-        p->size == KNOWN<REAL> ? steps<REAL, KNOWN<REAL>>(*p) : steps<REAL, 0>(*p);                                       \
+        p->size == KNOWN ? steps<REAL, KNOWN>(*p) : steps<REAL, 0>(*p);                                                   \
     }                                                                                                                     \
     extern "C" int64_t fwp_pair_training_scratch_##SUFFIX(const Problem<REAL> *p) {                                       \
         return Training<REAL, 0>::scratch_numbers(*p);                                                                    \
