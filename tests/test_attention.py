@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from fwp_lightning import ops
 from fwp_lightning.attention import (
     FEATURE_MAPS,
+    PHI_NORMS,
     RULES,
     AttentionConfig,
     FastWeightMemory,
@@ -518,10 +520,12 @@ def test_a_backend_that_is_named_for_softmax_is_refused_because_none_computes_it
 # --- parts of a user's own --------------------------------------------------------------------------------------------
 
 USER_FILE = '''
-"""A map and a rule of my own."""
+"""A map, a normalisation and two rules of my own."""
+from dataclasses import dataclass
+
 import torch
 from fwp_lightning import ops
-from fwp_lightning.attention import FEATURE_MAPS, RULES, FeatureMap, Rule
+from fwp_lightning.attention import FEATURE_MAPS, PHI_NORMS, RULES, FeatureMap, Gate, PhiNorm, Rule, RuleOptions
 
 
 @FEATURE_MAPS.register("my_square")
@@ -549,6 +553,40 @@ class MyDecay(Rule):
             if q is not None:
                 outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], W))
         return (torch.stack(outputs, 1) if outputs else None), (W,)
+
+
+@PHI_NORMS.register("my_max")
+class MyMax(PhiNorm):
+    """phi'(x) = phi(x) / max_j phi(x)_j."""
+
+    takes_signs = False
+
+    def divide(self, phi, eps):
+        return phi / (phi.amax(-1, keepdim=True) + eps)
+
+
+@dataclass(frozen=True)
+class MyOptions(RuleOptions):
+    share: float = 0.5
+
+
+@ops.implements("my_gate", "reference")
+def my_gate(q, k, v, gamma, state, *, share):
+    # the sum rule on values that gamma makes smaller
+    return ops.sum_rule(q, k, v * (share * gamma).unsqueeze(-1), state)
+
+
+@RULES.register("my_gate")
+class MyGate(Rule):
+    """Write a share of gamma."""
+
+    gates = (Gate("gamma", meaning="how much is written"),)
+    Options = MyOptions
+
+    def scan(self, q, k, v, *, gates, state, backend, causal):
+        compute = ops.implementation("my_gate", backend, k, v)
+        o, W = compute(q, k, v, *gates, state[0] if state else None, share=self.options.share)
+        return o, (W,)
 '''
 
 
@@ -560,11 +598,14 @@ def own_parts(tmp_path: Path) -> Iterator[Path]:
     yield path
     del sys.modules["parts_of_mine"]
     FEATURE_MAPS._parts.pop("my_square")
-    RULES._parts.pop("my_decay")
+    PHI_NORMS._parts.pop("my_max")
+    for rule in ("my_decay", "my_gate"):
+        RULES._parts.pop(rule)
+    del ops.BACKENDS["reference"].rules["my_gate"]
 
 
 @pytest.mark.usefixtures("own_parts")
-@pytest.mark.parametrize("rule", ["sum", "delta", "fwm", "my_decay"])
+@pytest.mark.parametrize("rule", ["sum", "delta", "fwm", "my_decay", "my_gate"])
 def test_a_map_and_a_rule_from_a_users_file_work_like_the_built_in_ones(rule: str) -> None:
     config = AttentionConfig(rule, "my_square", phi_norm="sum", output_scale="rsqrt_d")
     attention = layer(config).double()
@@ -581,7 +622,9 @@ def test_a_map_and_a_rule_from_a_users_file_work_like_the_built_in_ones(rule: st
 @pytest.mark.usefixtures("own_parts")
 @pytest.mark.parametrize("compute", ["auto", "plain", "factored"])
 @pytest.mark.parametrize(
-    ("rule", "feature_map"), [("sum", "my_square"), ("delta", "my_square"), ("my_decay", "elu")], ids=str
+    ("rule", "feature_map"),
+    [("sum", "my_square"), ("delta", "my_square"), ("my_decay", "elu"), ("my_gate", "elu")],
+    ids=str,
 )
 def test_parts_from_a_users_file_train_in_the_retrieval_model(rule: str, feature_map: str, compute: Any) -> None:
     torch.manual_seed(0)
@@ -590,6 +633,27 @@ def test_parts_from_a_users_file_train_in_the_retrieval_model(rule: str, feature
     y = model(ids, ids.flip(1), ids[:, :1])
     assert y.shape == (1, 1, 4)
     y.square().sum().backward()
+
+
+@pytest.mark.usefixtures("own_parts")
+def test_a_users_rule_has_gates_and_numbers_and_a_normalisation_of_the_users_own() -> None:
+    options = RULES["my_gate"].Options(share=0.25)  # type: ignore[misc, call-arg]
+    config = AttentionConfig("my_gate", "elu", phi_norm="my_max", rule_options=options, backend="reference")
+    attention = layer(config).double()
+    x = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    q, k, v = (W(x).unflatten(-1, (3, 4)) for W in (attention.W_q, attention.W_k, attention.W_v))
+    k, q = (
+        phi / phi.amax(-1, keepdim=True) for phi in (torch.nn.functional.elu(k) + 1, torch.nn.functional.elu(q) + 1)
+    )
+    o, _ = ops.sum_rule(q, k, 0.25 * torch.sigmoid(attention.W_gamma(x)).unsqueeze(-1) * v)
+    assert o is not None
+    torch.testing.assert_close(attention(x)[0], attention.W_o(o.flatten(-2)), **EXACT)
+    with pytest.raises(ValueError, match="rule my_gate needs gamma, how much is written"):
+        attention.memory(q, k, v)
+    with pytest.raises(ValueError, match=r"unknown phi_norm 'my_mx'\. Did you mean 'my_max'"):
+        AttentionConfig("my_gate", "elu", phi_norm="my_mx")
+    with pytest.raises(ValueError, match="feature_map=tanh has features of both signs"):
+        AttentionConfig("my_gate", "tanh", phi_norm="my_max")
 
 
 @pytest.mark.usefixtures("own_parts")
