@@ -65,13 +65,18 @@ class RecallData(ScoredSequences):
             raise ValueError(f"data.vocabulary={vocabulary} must be even, half of it more than n_pairs={n_pairs}")
         if not power > 0:
             raise ValueError(f"data.power={power} must be > 0")
-        self.n_pairs, self.length, self.vocabulary = n_pairs, length, vocabulary
+        self.n_pairs, self.n_tokens, self.vocabulary = n_pairs, length, vocabulary
         self.power, self.noise = power, noise
 
     @property
     def vocabulary_size(self) -> int:
         """V."""
         return self.vocabulary
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return self.n_tokens
 
     def draw(self, n: int, generator: np.random.Generator) -> tuple[Ints, Ints, Ints]:
         """Return inputs, targets and kinds ``[n, T]``."""

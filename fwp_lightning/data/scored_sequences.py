@@ -62,6 +62,11 @@ class ScoredSequences(L.LightningDataModule):
         """Number of tokens."""
         raise NotImplementedError
 
+    @property
+    def length(self) -> int:
+        """T, the tokens of a sequence."""
+        raise NotImplementedError
+
     def draw(self, n: int, generator: np.random.Generator) -> tuple[Ints, Ints, Ints]:
         """Return inputs, targets and kinds ``[n, T]`` of fresh sequences, of any split."""
         raise NotImplementedError

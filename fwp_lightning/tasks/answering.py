@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from fwp_lightning.attention import AttentionConfig
 from fwp_lightning.data.scored_sequences import Scored, ScoredSequences
 from fwp_lightning.models.sequence_model import SequenceArchitecture, SequenceModel
+from fwp_lightning.tasks.description import describe_model
 
 
 class AnsweringTask(L.LightningModule):
@@ -79,16 +80,7 @@ class AnsweringTask(L.LightningModule):
 
     def describe(self) -> dict[str, Any]:
         """Return the facts of a run that its configuration does not spell out."""
-        a = self.attention
-        return {
-            "rule": a.rule,
-            "feature_map": a.feature_map,
-            "phi_norm": a.phi_norm,
-            "attention_norm": a.attention_norm,
-            "backend": a.backend,
-            "n_params": sum(p.numel() for p in self.model.parameters()),
-            "state": self.model.state_size(int(self.data.length)),  # type: ignore[attr-defined]
-        }
+        return describe_model(self.model, self.attention, self.model.state_size(self.data.length))
 
     def on_fit_start(self) -> None:
         """Refuse numbers that do not fit together."""

@@ -10,7 +10,7 @@ import re
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fwp_lightning.attention import AttentionConfig
 from fwp_lightning.data.translation import Sample, Sentences, TranslationData
+from fwp_lightning.tasks.description import describe_model
 from fwp_lightning.translation import compatibility
 from fwp_lightning.translation.checkpoints import fairseq_checkpoint
 from fwp_lightning.translation.choice import TranslationAttention, flatten
@@ -208,10 +209,7 @@ class TranslationTask(L.LightningModule):
             layer = self.model.decoder.layers[0].self_attn  # type: ignore[union-attr, index]
             size = layer.memory.state_size(layer.head_dim)
             state = None if size is None else size * layer.num_heads * self.architecture.n_layers
-        axes = asdict(self.attention)
-        names = ("rule", "feature_map", "phi_norm", "attention_norm", "backend")
-        n_params = sum(p.numel() for p in self.model.parameters())
-        return {**{name: axes[name] for name in names}, "n_params": n_params, "state": state}
+        return describe_model(self.model, self.attention, state)
 
     # --- training
 
