@@ -4,9 +4,9 @@ Off unless a configuration names it, in one place::
 
     trainer.callbacks: [{class_path: fwp_lightning.probe.MemoryProbe}]
 
-It looks at the first sequences of the first batches of a validation, which dropout leaves alone, and writes and reads
-the layers' memories once more, pair by pair where it looks. Shapes: N sequences looked at, T steps, H heads, K
-features, V values.
+It looks at the first sequences of the first batches of a validation, which dropout leaves alone (of the retrieval task
+at those of its first evaluation), and writes and reads the layers' memories once more, pair by pair where it looks.
+Shapes: N sequences looked at, T steps, H heads, K features, V values.
 """
 
 from __future__ import annotations
@@ -171,24 +171,16 @@ class MemoryProbe(L.Callback):
         """Keep count."""
         self._batch = batch_idx
 
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Give the retrieval model's pairs to its memory, which the faster formulations never do."""
-        if self._hooks and batch_idx < self.batches and _is_retrieval(pl_module):
-            self.look_at_retrieval(pl_module.model, *(x[: self.sequences] for x in batch))  # type: ignore[arg-type]
-
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the few means, and take the hooks away."""
         if not self._hooks:
             return
         self._remove_hooks()
+        if _is_retrieval(pl_module):
+            # the same sequences at every validation, and for every model of this seed
+            batch = trainer.datamodule.evaluation(0)  # type: ignore[attr-defined]
+            self._batch = 0
+            self.look_at_retrieval(pl_module.model, *(x[: self.sequences] for x in batch))  # type: ignore[arg-type]
         for name, value in self.tracked().items():
             pl_module.log(f"probe/{name}", value, on_step=False, on_epoch=True, batch_size=1)
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from reports import wording
 from reports.figures import (
@@ -106,8 +107,8 @@ def _effective_ranks(axes: Axes, selection: Selection, point: str) -> None:
         if not math.isnan(rank):
             lines.append((f"{rank:.1f} of {size:.0f}", look.colour))
     for number, (text, colour) in enumerate(lines):
-        place = (0.97, 0.97 - 0.085 * number)
-        axes.text(*place, text, transform=axes.transAxes, ha="right", va="top", fontsize=7, color=colour)
+        place = (0.04, 0.04 + 0.085 * (len(lines) - 1 - number))
+        axes.text(*place, text, transform=axes.transAxes, va="bottom", fontsize=7, color=colour)
 
 
 def _attention_maps(selection: Selection) -> Figure:
@@ -125,6 +126,7 @@ def _attention_maps(selection: Selection) -> Figure:
             axes.plot(xs, ys, "o", markersize=4.6, markerfacecolor="none", markeredgecolor=INK, markeredgewidth=0.6)
         axes.set_title(row, loc="left", fontsize=8)
         axes.grid(visible=False)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].set_ylabel(plan.spec.y.label)
     _label_below(panels, selection)
     if image is not None:

@@ -21,6 +21,7 @@ from fwp_lightning.results import (
     project_status,
     read_metrics,
     read_points,
+    read_probes,
     read_runs,
     read_store,
     read_translations,
@@ -125,6 +126,17 @@ def test_translations_are_exported_and_outlive_the_store(tracked, client):
     shutil.rmtree(client.download_artifacts(run.run_id, ""))
     export(client, tracked.project)
     assert translations(tracked) == first
+
+
+def test_what_a_probe_recorded_is_exported(tracked, client):
+    recorder = record(tracked, client, "0" * 16)
+    recorder.log_text("probes.csv", "step,layer,head,statistic,x,y,mean,std,n\n7,0,1,beta,0,0,0.5,0.1,4\n")
+    recorder.set_tags({"texts": "probes.csv"})
+    recorder.flush()
+    export(client, tracked.project)
+    (row,) = read_probes(tracked.root / "results" / "probes.csv")
+    assert (row["run_key"], row["head"], row["statistic"], row["mean"]) == ("0" * 16, "1", "beta", "0.5")
+    assert not (tracked.root / "results" / "translations.csv").exists()
 
 
 def test_translations_of_another_machine_stay(tracked, client):

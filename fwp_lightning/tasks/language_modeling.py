@@ -20,6 +20,7 @@ from fwp_lightning.data.wikitext import Batches, Segment, Split, WikiTextData, W
 from fwp_lightning.models.language_model import LanguageModel, build_language_model
 from fwp_lightning.models.transformer import Architecture
 from fwp_lightning.models.transformer_xl import TransformerXL
+from fwp_lightning.tasks.description import describe_model
 from fwp_lightning.tasks.perplexity import WordPerplexity
 from fwp_lightning.tasks.processes import gather
 from fwp_lightning.tasks.updates import Update, made_up_words
@@ -161,16 +162,7 @@ class LanguageModelingTask(L.LightningModule):
 
     def describe(self) -> dict[str, Any]:
         """Return the facts of a run that its configuration does not spell out."""
-        a = self.attention
-        return {
-            "rule": a.rule,
-            "feature_map": a.feature_map,
-            "phi_norm": a.phi_norm,
-            "attention_norm": a.attention_norm,
-            "backend": a.backend,
-            "n_params": sum(p.numel() for p in self.model.parameters()),
-            "state": self.model.state_size(self.data.length),
-        }
+        return describe_model(self.model, self.attention, self.model.state_size(self.data.length))
 
     # --- training
 

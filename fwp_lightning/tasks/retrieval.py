@@ -14,6 +14,7 @@ from fwp_lightning.attention import AttentionConfig
 from fwp_lightning.data.retrieval import RetrievalBlock, RetrievalData, RetrievalEvaluation
 from fwp_lightning.models.retrieval import RetrievalModel
 from fwp_lightning.ops import AdamState, PairBatches, PairParameters, train_pairs
+from fwp_lightning.tasks.description import describe_model
 
 
 class RetrievalTask(L.LightningModule):
@@ -103,16 +104,7 @@ class RetrievalTask(L.LightningModule):
 
     def describe(self) -> dict[str, Any]:
         """Return the facts of a run that its configuration does not spell out."""
-        a = self.attention
-        return {
-            "rule": a.rule,
-            "feature_map": a.feature_map,
-            "phi_norm": a.phi_norm,
-            "attention_norm": a.attention_norm,
-            "backend": a.backend,
-            "n_params": sum(p.numel() for p in self.model.parameters()),
-            "state": self.model.memory.state_size(self.model.n_keys),
-        }
+        return describe_model(self.model, self.attention, self.model.memory.state_size(self.model.n_keys))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam with its default betas and eps (Sec. 6.1)."""

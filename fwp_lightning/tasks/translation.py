@@ -8,7 +8,7 @@ import math
 import os
 import re
 from argparse import Namespace
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fwp_lightning.attention import AttentionConfig
 from fwp_lightning.data.translation import Sample, Sentences, TranslationData
+from fwp_lightning.tasks.description import describe_model
 from fwp_lightning.tasks.processes import gather
 from fwp_lightning.tasks.updates import Update
 from fwp_lightning.translation import compatibility
@@ -207,10 +208,7 @@ class TranslationTask(L.LightningModule):
             layer = self.model.decoder.layers[0].self_attn  # type: ignore[union-attr, index]
             size = layer.memory.state_size(layer.head_dim)
             state = None if size is None else size * layer.num_heads * self.architecture.n_layers
-        axes = asdict(self.attention)
-        names = ("rule", "feature_map", "phi_norm", "attention_norm", "backend")
-        n_params = sum(p.numel() for p in self.model.parameters())
-        return {**{name: axes[name] for name in names}, "n_params": n_params, "state": state}
+        return describe_model(self.model, self.attention, state)
 
     # --- training
 
