@@ -52,7 +52,6 @@ def test_a_thousand_runs_are_exported_in_10_seconds_and_drawn_in_20(papers: ToyP
     exported = time.process_time()
     assert main(["--root", str(papers.root)]) == 0
     drawn = time.process_time()
-    # measured on one core: 3 s and 6 s
     assert exported - started < EXPORT_SECONDS
     assert drawn - exported < DRAW_SECONDS
     assert (papers.root / "reports/output/paper/corrected/figure5.pdf").is_file()
@@ -102,7 +101,7 @@ def test_logging_every_step_costs_less_than_two_percent_of_a_step(
     share = every.logging / every.n_logged / silent
     with capsys.disabled():
         print(f"\na step {1e3 * silent:.2f} ms, logged {1e3 * logged:.2f} ms: {100 * share:.2f} % for logging")
-    # the two medians differ by less than their noise; what the calls themselves took is exact
+    # of the calls alone; the medians of whole steps are printed beside it
     assert share <= SHARE_OF_STEP
 
 

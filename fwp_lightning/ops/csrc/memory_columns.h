@@ -1,5 +1,5 @@
-// The arithmetic of the sum and delta rules, one source for every machine: a C++ compiler gives `Num` sixteen numbers side
-// by side, nvcc one number a thread.
+// The arithmetic of the sum and delta rules as passes over a memory: a C++ compiler gives `Num` sixteen numbers side by
+// side, nvcc one number a thread. The host reads and writes in passes of its own order (recurrence.cpp) with these parts.
 //
 // Columns of a memory W [K, V] never meet: a write is k (x) u, a read W^T q, and both need column v of W and u_v alone.
 // The gradient of keys and queries is the same over rows. So a `Num` is one column (or several, one in each lane), memory
