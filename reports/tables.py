@@ -31,6 +31,8 @@ class Table:
     """how many leading columns name the line; the others hold numbers"""
     places: tuple[tuple[tuple[str, str] | None, ...], ...] = ()
     """for each text of each line the row and point whose runs it sums up, None where it sums up none"""
+    links: tuple[str, ...] = ()
+    """Markdown that follows each line's last text as it is"""
 
 
 def build(selection: Selection, cells: Sequence[Cell]) -> Table:
@@ -123,6 +125,8 @@ def notes(selection: Selection) -> list[str]:
 def markdown_lines(table: Table) -> list[str]:
     """The table in Markdown, columns aligned in the source too."""
     lines = [[markdown_text(text).replace("|", "\\|") for text in line] for line in (table.header, *table.lines)]
+    for line, links in zip(lines[1:], table.links, strict=False):
+        line[-1] += links
     widths = [max(len(line[column]) for line in lines) for column in range(len(table.header))]
     numbers = range(table.n_names, len(widths))
     rule = ["-" * (width - 1) + (":" if column in numbers else "-") for column, width in enumerate(widths)]

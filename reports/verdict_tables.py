@@ -91,14 +91,14 @@ def to_text(verdicts: Sequence[Verdict]) -> str:
 
 def table(verdicts: Sequence[Verdict], *, linked: str = "") -> Table:
     """The verdicts as a table; with `linked`, a path to reports/output, findings link to the reports behind them."""
-    lines, last = [], ""
+    lines, links, last = [], [], ""
     for line in lines_of(verdicts):
         one = line.verdict
         named = f"{one.claim.claim} ({one.claim.source})"
-        finding = one.finding + (f" {_links(line, linked)}" if linked and line.anchors else "")
-        lines.append((named if named != last else "", ", ".join(line.protocols), one.outcome, basis(one), finding))
+        lines.append((named if named != last else "", ", ".join(line.protocols), one.outcome, basis(one), one.finding))
+        links.append(f" {_links(line, linked)}" if linked and line.anchors else "")
         last = named
-    return Table(("claim", "protocol", "verdict", "profile and seeds", "finding"), tuple(lines), 5)
+    return Table(("claim", "protocol", "verdict", "profile and seeds", "finding"), tuple(lines), 5, links=tuple(links))
 
 
 def _links(line: Line, root: str) -> str:

@@ -379,8 +379,9 @@ def test_same_csv_gives_the_same_bytes_without_torch_or_mlflow(full: Bench) -> N
 
 def test_latex_escapes_what_latex_reads(full: Bench) -> None:
     selection, cells = full.selection(), full.cells()
-    cells = [dataclasses.replace(cells[0], row="DPFP_1 & co"), *cells[1:]]
-    text = tables.to_latex(tables.build(selection, cells), selection)
+    table = tables.build(selection, cells)
+    named = ("DPFP_1 & co", *table.lines[0][1:])
+    text = tables.to_latex(dataclasses.replace(table, lines=(named, *table.lines[1:])), selection)
     assert r"DPFP\_1 \& co" in text
     assert r"0.180 $\pm$ 0.085 (2)" in text
     body = [line for line in text.splitlines() if not line.startswith("%")]

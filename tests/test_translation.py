@@ -312,7 +312,9 @@ def test_two_processes_take_the_updates_of_one_with_twice_the_micro_batches(proj
     assert test_bleu == pytest.approx(one.logged["test/bleu"], rel=1e-3)
     assert tokens == one.tokens
     two = torch.load(project / "two.pt", weights_only=True)
-    for name, parameter in one.model.state_dict().items():
+    # fairseq's position tables hold a buffer of one element that is never written
+    written = {name: x for name, x in one.model.state_dict().items() if not name.endswith("_float_tensor")}
+    for name, parameter in written.items():
         # ... and Adam divides by the size of a gradient, however small
         torch.testing.assert_close(
             two[name], parameter, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"

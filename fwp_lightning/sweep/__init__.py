@@ -41,6 +41,7 @@ from fwp_lightning.tracking import (
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from rich.console import Console
 
 # a run may take this long to end its epoch and save when the sweep is stopped
 PATIENCE_SECONDS = 30.0
@@ -211,15 +212,19 @@ def run_sweep(
     out.print(rows_table(rows))
     for name in dict.fromkeys(row.experiment for row in rows):
         describe_experiment(client, project, name, note_on(_all_rows(client, project, name, rows)))
-    for run, outcome in sweep.failures():
-        out.print(f"failed: {run.name}: {outcome.message}", markup=False, soft_wrap=True)
-    if sweep.failures():
-        out.print("tracebacks: artifact traceback.txt of each failed run")
+    _show_failures(sweep, out)
     out.print(export(client, project).sentence())
     if sweep.signal is not None:
         out.print(sweep.farewell(), soft_wrap=True)
         return 128 + sweep.signal
     return 1 if sweep.failures() else 0
+
+
+def _show_failures(sweep: Sweep, out: Console) -> None:
+    for run, outcome in sweep.failures():
+        out.print(f"failed: {run.name}: {outcome.message}", markup=False, soft_wrap=True)
+    if sweep.failures():
+        out.print("tracebacks: artifact traceback.txt of each failed run")
 
 
 def _sweep_for(plan: Plan, settings: Settings, jobs: int | None, resources: Resources | None) -> Sweep:

@@ -44,7 +44,8 @@ from fwp_lightning.sweep.training import (
 from fwp_lightning.tracking import Origin, RunRecorder, open_store, params_of, require_folder, tags_of
 
 # tells the processes that Lightning starts for further devices which run they belong to
-RUN_KEY = "FWP_RUN_KEY"
+# no name of a secret: what such variables hold is masked in all that is printed
+RUN_KEY = "FWP_RUN"
 # names that Lightning resolves itself
 LIGHTNING_CHECKPOINTS = ("best", "last", "hpc", "registry")
 
