@@ -7,7 +7,6 @@ reads the last T words anew for each.
 
 from __future__ import annotations
 
-import pickle
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fwp_lightning.attention import MemoryState, attention_of
+from fwp_lightning.checkpoint_files import read_plain
 from fwp_lightning.data.vocabulary import Vocabulary
 from fwp_lightning.errors import UserError, sentence_of
 from fwp_lightning.models.language_model import LanguageModel, build_language_model
@@ -105,16 +105,11 @@ class Trained:
 
 def load_trained(path: Path) -> Trained:
     """Return the model in the ``final.ckpt`` of a run; a file that is none is one sentence."""
-    if not path.is_file():
-        raise UserError(f"--checkpoint {path}: there is no such file.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        said = "is damaged, or holds more than tensors and plain values, and is not read"
-        raise UserError(f"--checkpoint {path} {said}.") from error
-    except (OSError, RuntimeError, EOFError) as error:
-        raise UserError(f"--checkpoint {path} cannot be read: {sentence_of(error)}") from error
-    if not isinstance(content, dict) or not {"config", "words", "weights"} <= content.keys():
+        content = read_plain(path)
+    except UserError as error:
+        raise UserError(f"--checkpoint {error}") from error
+    if not {"config", "words", "weights"} <= content.keys():
         raise UserError(
             f"--checkpoint {path} holds no language model with its words; name the final.ckpt in the folder of a "
             "complete run."

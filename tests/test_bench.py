@@ -36,7 +36,7 @@ from fwp_lightning.data.corpora import KNOWN_CORPORA
 from fwp_lightning.data.facts import LEXICON
 from fwp_lightning.data.retrieval import RetrievalBlock, RetrievalData
 from fwp_lightning.experiment import Project, load_experiment, resolve_runs
-from fwp_lightning.memory import needed_memory_mb
+from fwp_lightning.peak_memory import needed_memory_mb
 from fwp_lightning.results_csv import BENCHMARK_COLUMNS, read_benchmarks
 from fwp_lightning.tasks.retrieval import retrieval_loss
 from fwp_lightning.tracking import Origin

@@ -17,6 +17,7 @@ from fwp_lightning.sweep.cost import on_this_machine
 from fwp_lightning.sweep.training import check_run
 from fwp_lightning.tracking import open_store
 
+ROOT = Path(__file__).resolve().parent.parent
 TOY_TASK = str(Path(__file__).parent / "toy_task.py")
 
 
@@ -165,6 +166,14 @@ def test_fit_tracks_its_run(fwp, tracked, monkeypatch):
     assert config["model"]["init_args"]["attention"]["kind"] == "tanh"
     # a run of one's own is no row of the paper's tables
     assert "exported 0 runs" in fwp("export")[1]
+
+
+@pytest.mark.parametrize("base", sorted((ROOT / "experiments" / "base").glob("*.yaml")), ids=lambda path: path.stem)
+def test_fit_reads_every_base_configuration_of_the_project(fwp, toy, base):
+    # the options are read before the number is found to be wrong
+    code, _, err = fwp("fit", "--config", str(base), "--model.max_steps", "0")
+    assert code == 2
+    assert "max_steps=0" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

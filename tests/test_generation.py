@@ -161,7 +161,7 @@ def test_what_is_no_checkpoint_of_a_language_model_is_one_sentence(checkpoint: P
     with pytest.raises(UserError, match="there is no such file"):
         load_trained(tmp_path / "nothing.ckpt")
     (tmp_path / "broken.ckpt").write_bytes(b"PK\x03\x04 not a checkpoint")
-    with pytest.raises(UserError, match=r"broken\.ckpt cannot be read"):
+    with pytest.raises(UserError, match=r"broken\.ckpt: it cannot be read"):
         load_trained(tmp_path / "broken.ckpt")
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(UserError, match="holds no language model with its words"):

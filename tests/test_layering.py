@@ -20,7 +20,8 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "registry": {"errors"},
     "seeding": {"errors"},
     "processor": {"errors"},
-    "memory": set(),
+    "peak_memory": set(),
+    "checkpoint_files": {"errors"},
     "compiled": {"errors", "processor"},
     "ops": {"errors", "registry", "compiled"},
     "attention": {"errors", "registry", "seeding", "compiled", "ops"},
@@ -28,11 +29,11 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     # data stands beside the stack: tasks and the command line meet it, models never do
     "data": {"errors", "registry", "seeding", "compiled", "experiment", "translation"},
     # fairseq's modules, beside models: they know the attention alone
-    "translation": {"errors", "registry", "ops", "attention"},
+    "translation": {"errors", "registry", "checkpoint_files", "ops", "attention"},
     "tasks": {"errors", "registry", "seeding", "ops", "attention", "models", "data", "translation"},
     # a Lightning callback beside the tasks: it looks into models
     "probe": {"errors", "registry", "ops", "attention", "models"},
-    "generation": {"errors", "registry", "ops", "attention", "models", "data"},
+    "generation": {"errors", "checkpoint_files", "registry", "ops", "attention", "models", "data"},
     "results_csv": {"errors"},
     "yaml_files": {"errors"},
     "redaction": set(),
@@ -42,11 +43,11 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "results": {"errors", "registry", "experiment", "slurm", "tracking", "results_csv"},
     "bench": {
         *("errors", "registry", "seeding", "processor", "compiled", "ops", "attention", "models", "data", "tasks"),
-        *("generation", "experiment", "memory", "tracking", "results_csv"),
+        *("generation", "experiment", "peak_memory", "tracking", "results_csv"),
     },
     "sweep": {
-        *("errors", "registry", "seeding", "experiment", "slurm", "memory", "tracking", "results", "results_csv"),
-        "tasks",
+        *("errors", "registry", "seeding", "experiment", "slurm", "peak_memory", "tracking", "results", "results_csv"),
+        *("checkpoint_files", "tasks"),
     },
     "cli": None,
     "__main__": None,

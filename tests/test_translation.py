@@ -266,7 +266,11 @@ def test_fairseq_trains_on_from_a_checkpoint_of_lightning(project: Path, caplog:
 def test_what_is_no_translation_checkpoint_is_not_converted(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"state_dict": {}}, project / "other.ckpt")
     (project / "text.ckpt").write_text("no checkpoint")
-    sentences = {"other.ckpt": "is no checkpoint of a", "text.ckpt": "is no checkpoint", "none.pt": "cannot be read"}
+    sentences = {
+        "other.ckpt": "is no checkpoint of a",
+        "text.ckpt": "it is damaged",
+        "none.pt": "there is no such file",
+    }
     for name, said in sentences.items():
         assert main(["fairseq-convert", f"--input={project / name}", f"--output={project / 'x'}"]) == 2
         assert said in capsys.readouterr().err

@@ -6,6 +6,7 @@ import json
 import os
 import time
 import traceback
+from argparse import SUPPRESS
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from fwp_lightning.errors import UserError
-from fwp_lightning.experiment import CHECKPOINT_SECONDS, Project, Run, sha256_of
+from fwp_lightning.experiment import ADDED, CHECKPOINT_SECONDS, Project, Run, sha256_of
 from fwp_lightning.sweep.ranks import silent_recorder
 from fwp_lightning.sweep.training import (
     ExactCheckpoint,
@@ -89,6 +90,8 @@ class SingleCLI(LightningCLI):
         """Return a strict parser of a command."""
         parser = StrictParser(**settings)
         parser.add_argument("-c", "--config", action=ActionConfigFile, help="configuration file in YAML")
+        # base configurations of experiments have it, and it is about the keys of a sweep's runs alone
+        parser.add_argument(f"--{ADDED}", type=dict, default={}, help=SUPPRESS)
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -97,13 +100,14 @@ class SingleCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             raise UserError(f"{first_cause(error)}; see: fwp {args[0]} --help") from error
+        self.config[args[0]].pop(ADDED)
         # Lightning reads the file next, and complains in many lines
         self.checkpoint = str(self.config[args[0]].get("ckpt_path") or "")
         if self.checkpoint and self.checkpoint not in LIGHTNING_CHECKPOINTS and ":" not in self.checkpoint:
             try:
                 self.weights = read_weights(Path(self.checkpoint))
             except UserError as error:
-                raise UserError(f"--ckpt_path {self.checkpoint}: {error}.") from error
+                raise UserError(f"--ckpt_path {error}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return a trainer that logs to the store and saves to the folder of the run."""

@@ -9,7 +9,6 @@ import inspect
 import logging
 import math
 import os
-import pickle
 import random
 import re
 import signal
@@ -34,9 +33,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
+from fwp_lightning.checkpoint_files import read_plain
 from fwp_lightning.errors import RunBusy, RunStopped, UserError, sentence_of
 from fwp_lightning.experiment import CHECKPOINT_SECONDS, Config, Project, Run
-from fwp_lightning.memory import peak_memory_mb, reset_peak_memory
+from fwp_lightning.peak_memory import peak_memory_mb, reset_peak_memory
 from fwp_lightning.registry import did_you_mean
 from fwp_lightning.sweep.ranks import Ranks, other_processes, refuse_devices
 from fwp_lightning.sweep.workers import Outcome, Settings
@@ -414,43 +414,21 @@ def newest_checkpoint(folder: Path) -> Path | None:
     for path in (folder / LAST, folder / PREVIOUS):
         if not path.exists():
             continue
-        problem = problem_of_checkpoint(path)
-        if problem is None:
+        try:
+            read_plain(path)
+        except UserError as error:
+            log.warning("%s An earlier one is taken.", error)
+        else:
             return path
-        log.warning("%s: %s; an earlier one is taken", path, problem)
     return None
-
-
-def problem_of_checkpoint(path: Path) -> str | None:
-    """Return why a checkpoint cannot be read, None if it can; no code in it is run."""
-    try:
-        read_checkpoint(path, "cpu")
-    except UserError as error:
-        return str(error)
-    return None
-
-
-def read_checkpoint(path: Path, device: str) -> dict[str, Any]:
-    """Return what a checkpoint holds; ``UserError`` where it cannot be read; no code in it is run."""
-    if not path.is_file():
-        raise UserError("there is no such file")
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError("it is damaged, or holds more than tensors and plain values, and is not read") from error
-    except Exception as error:  # a damaged file raises anything
-        raise UserError(f"it cannot be read ({sentence_of(error)[:200]})") from error
-    if not isinstance(content, dict):
-        raise UserError("it holds no state of a training")
-    return content
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Return the shapes of the weights in a task's checkpoint, on the meta device; ``UserError`` for any other file."""
-    content = read_checkpoint(path, "meta")
+    content = read_plain(path, "meta")
     if "state_dict" not in content:
         what = f"a {FINAL}, which `fwp generate` reads" if "weights" in content else "no checkpoint of a task"
-        raise UserError(f"it is {what}; name a {LAST} that `fwp fit` left behind")
+        raise UserError(f"{path}: it is {what}; name a {LAST} that `fwp fit` left behind.")
     return dict(content["state_dict"])
 
 

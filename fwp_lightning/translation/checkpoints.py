@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fwp_lightning.errors import UserError, sentence_of
+from fwp_lightning.checkpoint_files import read_plain
+from fwp_lightning.errors import UserError
 
 EPOCH = re.compile(r"checkpoint(\d+)\.pt")
 MODEL = "model."
@@ -58,7 +59,7 @@ def convert_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--input", required=True, metavar="FILE", help="a checkpoint of Lightning or of fairseq")
     parser.add_argument("--output", required=True, metavar="FILE", help="where the other one goes")
     options = parser.parse_args(arguments)
-    state = load_plain(Path(options.input))
+    state = read_plain(Path(options.input))
     if "state_dict" in state and "translation" in state:
         kept, found = state["translation"], "a Lightning"
         weights = kept["best"] or _without_prefix(state["state_dict"])
@@ -132,20 +133,7 @@ def _mean(values: list[Tensor]) -> Tensor:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Return what a fairseq checkpoint holds."""
-    state = load_plain(path)
+    state = read_plain(path)
     if "model" not in state:
         raise UserError(f"{path} is no checkpoint of fairseq: it holds no model.")
-    return state
-
-
-def load_plain(path: Path) -> dict[str, Any]:
-    """Return what a checkpoint holds; tensors and plain values only, no code is run."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {sentence_of(error)}.") from error
-    except Exception as error:
-        raise UserError(f"{path} is no checkpoint: {sentence_of(error)[:200]}") from error
-    if not isinstance(state, dict):
-        raise UserError(f"{path} is no checkpoint: it holds no model.")
     return state
