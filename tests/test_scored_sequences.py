@@ -219,8 +219,8 @@ def trained(data: ScoredSequences, attention: AttentionConfig, steps: int, **siz
 
 def test_one_layer_with_the_delta_rule_learns_to_recall() -> None:
     data = recall(length=16, batch_size=32, steps_per_block=100)
-    # one of 16 values is right by chance; machines round differently, and 600 steps end near 0.9
-    assert trained(data, DELTA, 600)["test/accuracy"] > 0.8
+    # one of 16 values is right by chance
+    assert trained(data, DELTA, 1000)["test/accuracy"] > 0.9
 
 
 def test_accuracies_of_hops_add_up() -> None:
