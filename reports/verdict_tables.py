@@ -97,7 +97,7 @@ def table(verdicts: Sequence[Verdict], *, linked: str = "") -> Table:
         one = line.verdict
         named = f"{one.claim.claim} ({one.claim.source})"
         lines.append((named if named != last else "", ", ".join(line.protocols), one.outcome, basis(one), one.finding))
-        links.append(f" {_links(line, linked)}" if linked and line.anchors else "")
+        links.append(f" ({_links(line, linked)})" if linked and line.anchors else "")
         last = named
     return Table(("claim", "protocol", "verdict", "profile and seeds", "finding"), tuple(lines), 5, links=tuple(links))
 
