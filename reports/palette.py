@@ -52,8 +52,8 @@ LOOKS = {
     "DPFP-1 delta l2": Look("#73AEDA", "#A3CAE7", "s"),
     "SiLU delta": Look("#AB6456", "#BF897F", ">"),
     "SiLU gated delta": Look("#B9D378", "#D1E2A6", "<"),
-    "Delta RNN": Look("#5F6F1E", "#A9BE55", "v"),
-    "Recurrent Delta Net": Look("#A45A9E", "#C98CC4", "^"),
+    "Delta RNN": Look("#1F417A", "#7F9FD6", "v"),
+    "Recurrent Delta Net": Look("#9F00FF", "#C46BFF", "^"),
 }
 # Figure 3 names the rule of what Figure 2 calls DPFP-1; a map keeps its look under another rule
 LOOKS |= {"DPFP-1 sum": LOOKS["DPFP-1"]}
