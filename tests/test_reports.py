@@ -520,7 +520,7 @@ def test_all_reports_draw_what_there_is_and_name_the_rest(bench: Bench, capsys: 
 
 def test_unknown_report(full: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     sentence = refused(full.write(), capsys, "figur8")
-    assert "Did you mean 'figure8'? Known: figure8, figure9, table9, claims, bench, readme." in sentence
+    assert "Did you mean 'figure8'? Known: figure8, figure9, table9, claims, family, bench, readme." in sentence
 
 
 @pytest.mark.parametrize("column", ["run_key", "status", "protocol", "finished"])
