@@ -114,7 +114,7 @@ def _table_section(selection: Selection, results: Results) -> str:
     columns = [
         (point, metric) for point in plan.points for metric in plan.spec.metrics if (point, metric.name) in known
     ]
-    header = ("model", *(wording.column(point, metric) for point, metric in columns))
+    header = ("model", *(wording.column(plan, point, metric) for point, metric in columns))
     rows = [name for row in plan.rows for name in plan.spec.lines_of(row)]
     lines = [(row, *(_pair(cells.get((row, point, metric.name)), plan) for point, metric in columns)) for row in rows]
     body = markdown_lines(Table(header, tuple(lines), 1))

@@ -306,7 +306,8 @@ def test_every_figure_and_table_names_its_statistic(full: Bench) -> None:
     points = tables.build(full.selection(), full.cells()).header
     assert {"last: ours", "best: ours", "last: released", "best: released"} <= set(points)
     full.add("Delta Network", [35.0], experiment="table9", point="", protocol="corrected", metric="valid/perplexity")
-    assert "valid, best: ours" in tables.build(full.selection("table9"), full.cells("table9")).header
+    assert "valid: ours" in tables.build(full.selection("table9"), full.cells("table9")).header
+    assert tables.notes(full.selection("table9"))[0].startswith("Ours is that of the best evaluation")
 
 
 def test_figure_and_table_of_one_point_name_it(full: Bench) -> None:
