@@ -37,8 +37,9 @@ define train_and_report
 	exit $$status
 endef
 
-NO_FAIRSEQ = echo "fairseq was not installed (see above; it needs a C++ compiler and Python's headers): everything but" \
-  "the translation experiments works without it" >&2
+FAIRSEQ_LOG := $(VENV)/fairseq.log
+NO_FAIRSEQ = echo "fairseq was not installed; it needs a C++ compiler and Python's headers (what pip said: $(FAIRSEQ_LOG))." \
+  "Everything but the translation experiments works without it." >&2
 
 # one sweep at a time also under `make -j`: a sweep runs JOBS processes of its own
 .NOTPARALLEL:
@@ -137,8 +138,8 @@ $(FAIRSEQ): fairseq.txt $(INSTALLED)
 	@echo "Building fairseq for the translation experiments (a minute or two, once) ..."
 ifneq ($(UV),)
 	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --build-constraints constraints.txt -r fairseq.txt \
-	  && touch $@ || $(NO_FAIRSEQ)
+	  > $(FAIRSEQ_LOG) 2>&1 && touch $@ || $(NO_FAIRSEQ)
 else
 	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
-	  $(BIN)/python -m pip install --quiet --no-deps -r fairseq.txt && touch $@ || $(NO_FAIRSEQ)
+	  $(BIN)/python -m pip install --quiet --no-deps -r fairseq.txt > $(FAIRSEQ_LOG) 2>&1 && touch $@ || $(NO_FAIRSEQ)
 endif
