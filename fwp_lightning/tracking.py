@@ -436,9 +436,15 @@ class RunRecorder:
         return self.folder / "journal.jsonl"
 
     def start(self, params: Mapping[str, str] | None = None, texts: Mapping[str, str] | None = None) -> bool:
-        """Open the run, reopening the one of an interrupted training; return False if it is complete already."""
+        """Open the run, reopening the one of an interrupted training; return False if it is complete already.
+
+        In the store, or in the journal of a process that ended while the store was away.
+        """
         header = {"experiment": self.experiment, "name": self.name, "tags": self.tags}
         _write_atomically(self.folder / "run.json", json.dumps(header, indent=1))
+        if self._ended_in_journal():
+            self.flush(insist=True)
+            return False
         try:
             if self._open() == "complete":
                 return False
@@ -453,6 +459,13 @@ class RunRecorder:
             self.log_text(name, text)
         self.flush()
         return True
+
+    def _ended_in_journal(self) -> bool:
+        """Return whether the run is complete but for what the store has not taken: its checkpoints are gone then."""
+        with contextlib.suppress(OSError):
+            tags = [operation["tags"] for operation in read_journal(self.journal) if operation["op"] == "tags"]
+            return next((found["complete"] for found in reversed(tags) if "complete" in found), "false") == "true"
+        return False
 
     def _open(self) -> Literal["new", "resumed", "complete"]:
         home = experiment_id(self.client, self.project, self.experiment)
