@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sqlalchemy.engine import make_url
 
 from fwp_lightning.cli import build_parser
 from fwp_lightning.slurm import read_resources, resource_options
@@ -78,3 +79,19 @@ def test_the_sweep_on_a_cluster_is_understood() -> None:
 def test_the_commands_at_the_start_are_targets_of_make_and_mlflow() -> None:
     start = blocks("bash")[0].splitlines()
     assert start == ["make reproduce", ".venv/bin/mlflow ui"]
+
+
+def test_the_tracking_server_is_one_that_mlflow_would_start_for_this_machine_alone() -> None:
+    from mlflow.cli import cli
+
+    (block,) = (text for text in blocks("bash") if "mlflow server" in text)
+    start, sweep = block.splitlines()
+    program, name, *options = start.split()
+    given = cli.commands[name].make_context(name, options).params
+    assert (program, name) == (".venv/bin/mlflow", "server")
+    assert (given["host"], given["artifacts_destination"]) == ("127.0.0.1", "mlartifacts")
+    assert make_url(given["backend_store_uri"]).get_driver_name() == "psycopg2"
+    # the sweep beside it speaks to that address
+    address, _, *arguments = sweep.split()
+    assert address == f"MLFLOW_TRACKING_URI=http://{given['host']}:{given['port']}"
+    assert build_parser().parse_args(arguments).jobs == 8
