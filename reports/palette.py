@@ -52,10 +52,13 @@ LOOKS = {
     "DPFP-1 delta l2": Look("#73AEDA", "#A3CAE7", "s"),
     "SiLU delta": Look("#AB6456", "#BF897F", ">"),
     "SiLU gated delta": Look("#B9D378", "#D1E2A6", "<"),
+    "Delta RNN": Look("#1F417A", "#7F9FD6", "v"),
+    "Recurrent Delta Net": Look("#9F00FF", "#C46BFF", "^"),
 }
 # Figure 3 names the rule of what Figure 2 calls DPFP-1; a map keeps its look under another rule
 LOOKS |= {"DPFP-1 sum": LOOKS["DPFP-1"]}
 LOOKS |= {f"{name} delta": LOOKS[name] for name in ("ReLU", "Softmax features", "Hedgehog")}
+LOOKS |= {f"{name} sum": LOOKS[name] for name in ("FAVOR+ (64)", "ReLU", "Exp", "Softmax features", "Hedgehog")}
 
 # for methods that the paper does not have, in the order of the experiment file
 SPARE = (

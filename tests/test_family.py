@@ -11,6 +11,7 @@ from fwp_lightning.experiment import Project, load_experiment, resolve_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 PARENTS = ("family_figure2", "family_figure5")
+TASKS = ("recall", "changing_facts")
 
 
 def attentions(profile: str = "short") -> list[dict[str, str]]:
@@ -25,6 +26,21 @@ def test_every_rule_that_writes_first_and_every_map_and_normalisation_is_a_row()
     # tanh is the other map of signs that fwm was published with; its rows are Figure 5's
     assert {row["feature_map"] for row in rows} == set(FEATURE_MAPS) - {"tanh"}
     assert {row["phi_norm"] for row in rows} == set(PHI_NORMS)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_rule_and_map_is_a_row_of_the_tasks_that_read_at_every_step(name: str) -> None:
+    runs = resolve_runs(load_experiment(name, Project(ROOT)), profile="short")
+    rows = [run.config["model"]["init_args"]["attention"] for run in runs]
+    assert {row["rule"] for row in rows} == set(RULES)
+    assert {row["feature_map"] for row in rows} == set(FEATURE_MAPS) - {"tanh"}
+    assert {row["phi_norm"] for row in rows} == set(PHI_NORMS)
+    assert len({run.config["model"]["init_args"]["max_steps"] for run in runs}) == 1
+
+
+def test_recall_tries_every_rule_in_its_smoke_profile() -> None:
+    runs = resolve_runs(load_experiment("recall", Project(ROOT)), profile="smoke")
+    assert {run.config["model"]["init_args"]["attention"]["rule"] for run in runs} == set(RULES)
 
 
 @pytest.mark.parametrize("profile", ["smoke", "short", "paper"])

@@ -442,6 +442,8 @@ FAMILY = [
     "family_figure3",
     "family_figure5_maps",
     "family_figure5_rules",
+    "recall_maps",
+    "recall_rules",
 ]
 # Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB
 SEEN_BY = {
