@@ -752,6 +752,13 @@ def test_readme_has_tables_of_all_profiles_but_smoke(bench: Bench) -> None:
     assert ["Delta Network", "25.0 / 27.7"] in cells_of(block)
 
 
+def test_readme_leaves_tables_that_the_paper_lacks_to_the_page(bench: Bench) -> None:
+    bench.edit("table9", profiles={"smoke": {}, "short": {}})
+    bench.add("Delta Network", [25.0], experiment="table9", point="", protocol="corrected", metric="test/bleu")
+    assert bench.draw("readme") == 0
+    assert "### Tables" not in (bench.root / "README.md").read_text()
+
+
 def test_readme_that_is_no_text(full: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     path = full.write().root / "README.md"
     path.write_bytes(b"\xff")
