@@ -318,6 +318,16 @@ def test_a_dry_run_imports_files_and_checks_rows(fwp, toy):
     assert tanh == "  toy, row 'tanh', n_keys=2: unknown map 'tahn'. Known: identity, tanh."
 
 
+@pytest.mark.parametrize("more", ["", ",position no, attention norm yes"])
+def test_rows_with_commas_in_their_names_can_be_chosen(more, monkeypatch, capsys):
+    monkeypatch.setenv("FWP_ROOT", str(ROOT))
+    assert main(["sweep", "table3", "--dry-run", "--rows", f"position yes, attention norm no{more}"]) == 0
+    out = capsys.readouterr().out
+    assert "table3/position yes, attention norm no/seed1" in out
+    assert ("table3/position no, attention norm yes/seed1" in out) == bool(more)
+    assert f"\n{2 if more else 1} run" in out
+
+
 def test_what_several_rows_lack_is_told_once(fwp, toy):
     toy.edit("toy", "kind: tanh", "nu: two")
     toy.edit("toy", "nu: 2", "nu: two")
