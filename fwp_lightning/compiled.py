@@ -126,7 +126,10 @@ def count(kernel: str, function: str, dtype: Any, problem: ctypes.Structure) -> 
 
 def dense(x: Any) -> Any:
     """Return a tensor as a kernel can read it through a pointer: row after row, and no view that is negated lazily."""
-    return None if x is None else x.contiguous().resolve_neg()
+    # most are: asking is cheaper than being given the same tensor again
+    if x is None or (x.is_contiguous() and not x.is_neg()):
+        return x
+    return x.contiguous().resolve_neg()
 
 
 def launch(kernel: str, function: str, dtype: Any, problem: ctypes.Structure, *tensors: Any, stream: int) -> None:
