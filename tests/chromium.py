@@ -106,7 +106,7 @@ class Page:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def wait_for(self, script: str, seconds: float = 60.0) -> Any:
+    def wait_for(self, script: str, seconds: float = 300.0) -> Any:
         """Return what an expression is as soon as that is true in JavaScript's sense."""
         until = time.monotonic() + seconds
         while not (found := self.value(script)):
