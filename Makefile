@@ -44,7 +44,7 @@ NO_FAIRSEQ = echo "fairseq was not installed; it needs a C++ compiler and Python
 # one sweep at a time also under `make -j`: a sweep runs JOBS processes of its own
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-faults test-slurm test-server lint smoke data-wikitext2 data-wikitext103 data-wmt14 reproduce report verify status ui bench bench-gpu
+.PHONY: help setup test test-faults test-slurm test-server test-browser lint smoke data-wikitext2 data-wikitext103 data-wmt14 reproduce report verify status ui bench bench-gpu
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -66,6 +66,9 @@ test-slurm: $(INSTALLED) ## start a SLURM of one node, preempt, fail and cancel 
 
 test-server: $(INSTALLED) ## eight processes against an MLflow server with PostgreSQL that goes away and comes back
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m server -q
+
+test-browser: $(INSTALLED) ## look at the runs in `mlflow ui` and at the report in Chromium; SCREENSHOTS=folder keeps the pictures
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser -q
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .

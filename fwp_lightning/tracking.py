@@ -356,6 +356,9 @@ def tags_of(run: Run, origin: Origin) -> dict[str, str]:
         "deviations": run.deviations,
         "config_sha256": run.config_sha256,
         "command": origin.command,
+        # the column Source of MLflow's pages
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.name": origin.command,
         "git_commit": origin.git_commit,
         "git_dirty": origin.git_dirty,
         "python": platform.python_version(),
