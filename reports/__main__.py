@@ -10,8 +10,8 @@ from pathlib import Path
 
 from fwp_lightning.errors import UserError, sentence_of
 from fwp_lightning.experiment import Project, find_project
-from reports import benchmarks, comparison, readme, verdict_tables
-from reports.drawing import draw, draw_verdicts, shown
+from reports import benchmarks, comparison, family_table, readme, verdict_tables
+from reports.drawing import draw, draw_families, draw_verdicts, shown
 from reports.sources import read_results
 
 
@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.names == [verdict_tables.NAME]:
                 draw_verdicts(project, results, output)
                 return 0
+            if options.names == [family_table.NAME]:
+                draw_families(project, results, output)
+                return 0
             empty = draw(project, results, options.names, output)
         if empty:
             said = f"no runs for {', '.join(empty)} in results/runs.csv; run `make reproduce-{empty[0]}` first"
@@ -65,7 +68,10 @@ def _parser() -> argparse.ArgumentParser:
         description="Draws tables, figures and one HTML page from results/*.csv; trains nothing.",
     )
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="figure2, ...; none for all; claims; bench; readme for README's blocks"
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="figure2, ...; none for all; claims; family; bench; readme for README's blocks",
     )
     parser.add_argument("--check", action="store_true", help="with readme: fail when the block is stale, write nothing")
     parser.add_argument(

@@ -8,7 +8,8 @@ from pathlib import Path
 from fwp_lightning.errors import UserError
 from fwp_lightning.experiment import Project
 from fwp_lightning.registry import did_you_mean
-from reports import figures, page, tables, verdict_tables
+from reports import family_table, figures, page, tables, verdict_tables
+from reports.family_table import Family
 from reports.plan import load_plan, report_names, runs_of
 from reports.selection import Selection, collect, select
 from reports.sources import Results
@@ -16,7 +17,7 @@ from reports.verdicts import Verdict
 
 PROFILES = ("paper", "short-gpu", "short", "smoke")
 """the order of the page: what proves most comes first"""
-OTHERS = (verdict_tables.NAME, "bench", "readme")
+OTHERS = (verdict_tables.NAME, family_table.NAME, "bench", "readme")
 """what can be asked for beside the experiments"""
 
 
@@ -40,8 +41,11 @@ def draw(
     verdicts = verdict_tables.verdicts_of(project, results)
     if verdicts and not names:
         say(_save_verdicts(verdicts, output, project.root))
+    families = family_table.families(project, results)
+    if families and not names:
+        say(_save_families(families, output, project.root))
     if entries:
-        page.write(output / "index.html", entries, verdicts)
+        page.write(output / "index.html", entries, verdicts, families)
         say(f"page: {shown(output / 'index.html', project.root)}")
     return [name for name in names or known if name in empty]
 
@@ -53,6 +57,21 @@ def draw_verdicts(project: Project, results: Results, output: Path, say: Callabl
         raise UserError("there are no claims: write them in experiments/claims.yaml.")
     say(verdict_tables.to_text(verdicts))
     say(_save_verdicts(verdicts, output, project.root))
+
+
+def draw_families(project: Project, results: Results, output: Path, say: Callable[[str], None] = print) -> None:
+    """Says and writes who of the family stores how much, who overwrites, at what cost."""
+    families = family_table.families(project, results)
+    if not families:
+        named = ", ".join(family_table.EXPERIMENTS)
+        raise UserError(f"no runs of {named} in results/runs.csv; run `make reproduce-{family_table.STORING}` first.")
+    say(family_table.to_text(families))
+    say(_save_families(families, output, project.root))
+
+
+def _save_families(families: Sequence[Family], output: Path, root: Path) -> str:
+    paths = family_table.save(families, output)
+    return f"{family_table.NAME}: {', '.join(shown(path, root) for path in paths)}"
 
 
 def _save_verdicts(verdicts: Sequence[Verdict], output: Path, root: Path) -> str:

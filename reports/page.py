@@ -10,7 +10,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from reports import figures, memory_figures, tables, verdict_tables, wording
+from reports import family_table, figures, memory_figures, tables, verdict_tables, wording
+from reports.family_table import Family
 from reports.palette import DARK, looks_of
 from reports.plan import MEMORY_KINDS, Plan
 from reports.selection import Cell, Selection
@@ -80,8 +81,10 @@ class RunList:
     """link, row, point and runs"""
 
 
-def write(path: Path, entries: Sequence[Entry], verdicts: Sequence[Verdict] = ()) -> None:
-    """Writes the page: the verdicts on the paper's claims, then `entries` in their order."""
+def write(
+    path: Path, entries: Sequence[Entry], verdicts: Sequence[Verdict] = (), families: Sequence[Family] = ()
+) -> None:
+    """Writes the page: the verdicts on the paper's claims, the tables of the family, then `entries` in their order."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -97,6 +100,8 @@ def write(path: Path, entries: Sequence[Entry], verdicts: Sequence[Verdict] = ()
         colours=DARK,
         profile_words=PROFILE_WORDS,
         claims=_claims(entries, verdicts),
+        families=[_family(family) for family in families],
+        family_title=family_table.TITLE,
     )
     path.write_text(html, encoding="utf-8", newline="\n")
 
@@ -122,6 +127,17 @@ def _claims(entries: Sequence[Entry], verdicts: Sequence[Verdict]) -> dict[str, 
         "provenance": verdict_tables.provenance(verdicts),
         "csv": _data_uri(verdict_tables.to_csv(verdicts)),
         "runs_csv": _data_uri(verdict_tables.to_runs_csv(verdicts)),
+    }
+
+
+def _family(family: Family) -> dict[str, object]:
+    return {
+        "profile": family.profile,
+        "table": family.table,
+        "links": family.links,
+        "notes": family.notes,
+        "provenance": family_table.provenance(family),
+        "csv": _data_uri(family_table.to_csv(family)),
     }
 
 

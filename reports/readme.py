@@ -7,7 +7,7 @@ from pathlib import Path
 from fwp_lightning.attention import catalog
 from fwp_lightning.errors import UserError, sentence_of
 from fwp_lightning.experiment import Experiment, Project, View, load_experiment
-from reports import benchmarks, verdict_tables, wording
+from reports import benchmarks, family_table, verdict_tables, wording
 from reports.plan import Plan, load_plan, report_names
 from reports.selection import Cell, Selection, collect, select
 from reports.sources import Results
@@ -57,6 +57,9 @@ def _with_results(project: Project, results: Results) -> str:
     if verdict_tables.BEGIN in text:
         verdicts = verdict_tables.block(verdict_tables.verdicts_of(project, results))
         fresh = _replaced(path, fresh, (verdict_tables.BEGIN, verdict_tables.END), verdicts)
+    if family_table.BEGIN in text:
+        table = family_table.block(family_table.families(project, results))
+        fresh = _replaced(path, fresh, (family_table.BEGIN, family_table.END), table)
     if benchmarks.BEGIN in text:
         fresh = _replaced(path, fresh, (benchmarks.BEGIN, benchmarks.END), benchmarks.block(project.root))
     return fresh

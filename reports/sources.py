@@ -68,6 +68,10 @@ class Run:
     steps: str
     deviations: str
     finished: str
+    n_params: str
+    state: str
+    """numbers that the memories keep of one sequence"""
+    device: str
     curves: Mapping[str, Curve] = field(default_factory=dict)
     translations: tuple[Translation, ...] = ()
     probes: tuple[Probe, ...] = ()
@@ -149,6 +153,9 @@ def _run(line: Mapping[str, str], curves: Mapping[str, Curve], translations: tup
         steps=line["steps"],
         deviations=line["deviations"],
         finished=line["finished"],
+        n_params=line["n_params"],
+        state=line["state"],
+        device=line["device"],
         curves=curves,
         translations=translations,
     )
