@@ -6,6 +6,12 @@ Off unless a configuration names it, in one place::
 
 It looks at the first sequences of the first batches of a validation, which dropout leaves alone (of the retrieval task
 at those of its first evaluation), and writes and reads the layers' memories once more, pair by pair where it looks.
+
+Processor time of one thread, as a share of the steps between two looks at the default interval: 2.9 to 3.0 % of the
+language model of ``memory_lm`` in the profile smoke; of compiled retrieval with overwriting 0.2 % (S = 200) to 3.4 %
+(sum rule, S = 20), where a look takes 6 to 22 ms. At every validation, which ``every: 1`` asks for, it would be 11 to
+170 %. A run with fewer than 50 validations has one look, at its end, whatever share of it that is.
+
 Shapes: N sequences looked at, T steps, H heads, K features, V values.
 """
 
@@ -16,11 +22,12 @@ import inspect
 import io
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
@@ -33,6 +40,9 @@ TABLE = "probes.csv"
 COLUMNS = ("step", "layer", "head", "statistic", "x", "y", "mean", "std", "n")
 # steps of a sequence that are looked at, spaced evenly on a log scale
 N_POSITIONS = 16
+# validations from one look to the next where none is asked for: 100 steps of compiled retrieval take no longer than a
+# look, or half as long
+EVERY_OF_RETRIEVAL = 50
 BETA_BINS = 10
 QKV = ("q", "k", "v")
 # of the table's statistics, what stands in a run's metrics as a mean over layers and heads: its last x, and once a
@@ -120,25 +130,27 @@ class MemoryProbe(L.Callback):
     sequence, ``newest``: 1 at the position that holds the answer, and ``weight_of_newest``, what that one gets.
     """
 
-    def __init__(self, every: int = 1, batches: int = 2, sequences: int = 1, map_size: int = 0) -> None:
+    def __init__(self, every: int | None = None, batches: int = 2, sequences: int = 1, map_size: int = 0) -> None:
         """Check the numbers.
 
         Args:
-            every: validations from one look to the next.
+            every: validations from one look to the next, the first one included; null: every one of a text, and of
+                retrieval each 50th and the last one, so that a look costs less than 5 % of the steps between two.
             batches: of a validation, the first ones, that are looked at whole; of later ones only norms.
             sequences: of a batch, the first ones, that are looked at.
             map_size: positions of the map of attention weights, the first ones of a text; of retrieval, the longest
                 sequence that is mapped; 0 keeps none.
         """
-        for name, value, least in [("every", every, 1), ("batches", batches, 1), ("sequences", sequences, 1)]:
-            if type(value) is not int or value < least:
-                raise ValueError(f"MemoryProbe: {name}={value} must be a whole number >= {least}")
+        for name, value in [("every", every), ("batches", batches), ("sequences", sequences)]:
+            if name == "every" and value is None:
+                continue
+            if type(value) is not int or value < 1:
+                raise ValueError(f"MemoryProbe: {name}={value} must be a whole number >= 1")
         if type(map_size) is not int or map_size < 0:
             raise ValueError(f"MemoryProbe: map_size={map_size} must be a whole number >= 0")
         self.every, self.batches, self.sequences, self.map_size = every, batches, sequences, map_size
         self.moments: dict[Place, RunningMoments] = {}
         self.step = 0
-        self._validations = -1
         self._batch = 0
         self._passed: dict[int, int] = {}
         self._z: dict[int, Tensor] = {}
@@ -150,16 +162,18 @@ class MemoryProbe(L.Callback):
         """Begin a look, if this validation has one: hooks are there for its length only."""
         if trainer.sanity_checking:
             return
-        self._validations += 1
-        if self._validations % self.every:
+        done = _validations(trainer)
+        # of retrieval the end of the validation says whether it is the last one, and a look is taken there
+        if not _is_retrieval(pl_module) and done % (self.every or 1):
             return
-        self.moments, self._z, self._passed = {}, {}, {}
-        self.step = int(getattr(pl_module, "steps", trainer.global_step))
         memories = _memories(pl_module)
-        if not memories and self._validations == 0:
+        if not memories and done == 0:
             log.warning("MemoryProbe finds no fast weight memory in %s and records nothing", type(pl_module).__name__)
-        if memories and getattr(pl_module, "compute", "") == "compiled" and not _is_retrieval(pl_module):
+        if not memories or _is_retrieval(pl_module):
+            return
+        if getattr(pl_module, "compute", "") == "compiled":
             raise ValueError("MemoryProbe looks between the layers, which model.compute=compiled merges; set eager")
+        self._begin(trainer, pl_module)
         self._hooks = [
             memory.register_forward_hook(self._hook_of(layer), with_kwargs=True)
             for layer, memory in enumerate(memories)
@@ -173,16 +187,32 @@ class MemoryProbe(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the few means, and take the hooks away."""
-        if not self._hooks:
-            return
-        self._remove_hooks()
         if _is_retrieval(pl_module):
+            if trainer.sanity_checking or not self._looks_at_retrieval(trainer) or not _memories(pl_module):
+                return
+            self._begin(trainer, pl_module)
             # the same sequences at every validation, and for every model of this seed
             batch = trainer.datamodule.evaluation(0)  # type: ignore[attr-defined]
             self._batch = 0
             self.look_at_retrieval(pl_module.model, *(x[: self.sequences] for x in batch))  # type: ignore[arg-type]
+        elif not self._hooks:
+            return
+        self._remove_hooks()
         for name, value in self.tracked().items():
             pl_module.log(f"probe/{name}", value, on_step=False, on_epoch=True, batch_size=1)
+
+    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget the look before."""
+        self.moments, self._z, self._passed = {}, {}, {}
+        self.step = int(getattr(pl_module, "steps", trainer.global_step))
+
+    def _looks_at_retrieval(self, trainer: L.Trainer) -> bool:
+        done = _validations(trainer)
+        if self.every is not None:
+            return done % self.every == 0
+        # the task has said by now whether it stops; a validation by itself is its own last one
+        ends = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        return ends or trainer.state.fn != TrainerFn.FITTING or (done + 1) % EVERY_OF_RETRIEVAL == 0
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Take the hooks away."""
@@ -287,23 +317,25 @@ class MemoryProbe(L.Callback):
     def _write_and_look(self, layer: int, memory: FastWeightMemory, pairs: Pairs, q: Tensor, z: Tensor) -> MemoryState:
         """Write all pairs; at some of them compare what the key retrieves, before and after, with the value."""
         state, done = pairs.state, 0
-        for step in _positions(pairs.k.shape[1]):
+        seen: dict[str, list[Tensor]] = {}
+        positions = _positions(pairs.k.shape[1])
+        for step in positions:
             if step - 1 > done:
                 state = pairs.slice(done, step - 1).write(memory, state)
             pair = pairs.slice(step - 1, step)
-            self._add_contrast(layer, "before", step, _retrieved(memory, pair.k, state), pair.v)
+            before = _contrast(_retrieved(memory, pair.k, state), pair.v)
             state, done = pair.write(memory, state), step
-            self._add_contrast(layer, "after", step, _retrieved(memory, pair.k, state), pair.v)
-            self._add(layer, "z_phi_q", step, _denominators(z, q, step - 1, pairs))
+            after = _contrast(_retrieved(memory, pair.k, state), pair.v)
+            numbers = {f"before_{name}": x for name, x in before.items()} | {f"after_{n}": x for n, x in after.items()}
+            numbers["z_phi_q"] = _denominators(z, q, step - 1, pairs)
             if _has_matrix(memory):
-                self._add(layer, "W_norm", step, _norm(state.memory[0]))
+                numbers["W_norm"] = _norm(state.memory[0])
+            for name, x in numbers.items():
+                seen.setdefault(name, []).append(x)
+        for name, values in seen.items():
+            self._add_each(layer, name, positions, torch.stack(values))
         assert state is not None
         return state
-
-    def _add_contrast(self, layer: int, when: str, step: int, found: Tensor | None, v: Tensor) -> None:
-        found = torch.zeros_like(v) if found is None else found
-        self._add(layer, f"{when}_cosine", step, cosine_similarity(found.float(), v.float(), dim=-1))
-        self._add(layer, f"{when}_norm", step, found.norm(dim=-1) / v.norm(dim=-1).clamp(min=1e-12))
 
     def _look_at_writes(self, layer: int, memory: FastWeightMemory, pairs: Pairs, z: Tensor) -> None:
         """Balance of a write (App. A.2), what its key gets back, and beta.
@@ -323,8 +355,8 @@ class MemoryProbe(L.Callback):
         self._add(layer, "remove_to_write", 0, removed[:, 1:] if pairs.state is None else removed)
         self._add(layer, "beta", 0, betas[0])
         bins = (betas[0] * BETA_BINS).long().clamp(0, BETA_BINS - 1)
-        for number in range(BETA_BINS):
-            self._add(layer, "beta_share", number / BETA_BINS, (bins == number).double())
+        numbers = torch.arange(BETA_BINS, device=bins.device).view(-1, *[1] * bins.dim())
+        self._add_each(layer, "beta_share", [n / BETA_BINS for n in range(BETA_BINS)], (bins == numbers).double())
 
     def _sums_of_keys(self, layer: int, memory: FastWeightMemory, pairs: Pairs) -> Tensor:
         """Return z ``[N, T, H, K]`` after each write, kept by the layer or not; carried where the state is."""
@@ -338,8 +370,7 @@ class MemoryProbe(L.Callback):
         values = torch.linalg.svdvals(W.float())
         self._add(layer, "effective_rank", 0, effective_rank(values).unsqueeze(1))
         self._add(layer, "d_dot", 0, torch.full((1, 1, W.shape[1]), float(W.shape[2])))
-        for index in range(values.shape[-1]):
-            self._add(layer, "singular_value", index, values[..., index].unsqueeze(1))
+        self._add_each(layer, "singular_value", range(values.shape[-1]), values.movedim(-1, 0).unsqueeze(2))
 
     def _look_at_weights(self, layer: int, memory: FastWeightMemory, pairs: Pairs) -> None:
         """The weights in ``o_n = sum_t a_{n,t} v_t``: what a memory that starts empty answers where v_t is a unit."""
@@ -373,14 +404,19 @@ class MemoryProbe(L.Callback):
 
     def _add(self, layer: int, statistic: str, x: float, values: Tensor) -> None:
         """Add numbers ``[N, *, H]`` of every head."""
-        by_head = values.double().flatten(0, -2)
-        n = by_head.shape[0]
+        self._add_each(layer, statistic, [x], values.unsqueeze(0))
+
+    def _add_each(self, layer: int, statistic: str, xs: Sequence[float], values: Tensor) -> None:
+        """Add numbers ``[X, N, *, H]`` of every head at X places: a few calls of torch, however many there are."""
+        by_head = values.double().flatten(1, -2)
+        n = by_head.shape[1]
         if n == 0:
             return
-        means = by_head.mean(0)
-        squares = (by_head - means).square().sum(0)
-        for head, (mean, square) in enumerate(zip(means.tolist(), squares.tolist(), strict=True)):
-            self._moments_of(Place(layer, head, statistic, float(x))).add(n, mean, square)
+        means = by_head.mean(1)
+        squares = (by_head - means.unsqueeze(1)).square().sum(1)
+        for x, of_mean, of_square in zip(xs, means.tolist(), squares.tolist(), strict=True):
+            for head, (mean, square) in enumerate(zip(of_mean, of_square, strict=True)):
+                self._moments_of(Place(layer, head, statistic, float(x))).add(n, mean, square)
 
     def _moments_of(self, place: Place) -> RunningMoments:
         return self.moments.setdefault(place, RunningMoments())
@@ -394,6 +430,11 @@ def effective_rank(singular_values: Tensor) -> Tensor:
     """
     p = singular_values / singular_values.sum(-1, keepdim=True).clamp(min=1e-30)
     return torch.exp(torch.special.entr(p).sum(-1))
+
+
+def _validations(trainer: L.Trainer) -> int:
+    """Return how many validations there were before this one, as a run that was stopped and resumed counts them too."""
+    return max(0, (trainer.current_epoch + 1) // (trainer.check_val_every_n_epoch or 1) - 1)
 
 
 def _memories(module: nn.Module) -> list[FastWeightMemory]:
@@ -425,6 +466,13 @@ def _is_power_of_two(number: int) -> bool:
 def _has_matrix(memory: FastWeightMemory) -> bool:
     """Whether the state is a matrix W of fixed size, which softmax's is not."""
     return memory.state_size(1) is not None
+
+
+def _contrast(found: Tensor | None, v: Tensor) -> dict[str, Tensor]:
+    """Cosine and ratio of norms ``[N, 1, H]`` of what was retrieved, nothing from no memory, against the value."""
+    found = torch.zeros_like(v) if found is None else found
+    cosine = cosine_similarity(found.float(), v.float(), dim=-1)
+    return {"cosine": cosine, "norm": found.norm(dim=-1) / v.norm(dim=-1).clamp(min=1e-12)}
 
 
 def _norm(W: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 from typing import Any
 
@@ -264,6 +265,21 @@ def test_every_counts_validations() -> None:
     seen = trained(*retrieval(), probe, epochs=2).seen
     assert probe.step == 5
     assert "probe/beta" in seen[0]
+
+
+def test_retrieval_is_looked_at_where_it_ends_and_every_50_validations_unless_told() -> None:
+    def looks(probe: MemoryProbe, steps: int) -> list[int]:
+        task, data = retrieval()
+        task.max_steps = steps
+        seen = trained(task, data, probe, epochs=60).seen
+        # what was logged once stays among the metrics: a look is where it changes
+        values = [metrics.get("probe/W_norm") for metrics in seen]
+        return [n for n, (old, new) in enumerate(itertools.pairwise([None, *values]), 1) if new != old]
+
+    # blocks of five steps; the task stops by itself
+    assert looks(MemoryProbe(), 15) == [3]
+    assert looks(MemoryProbe(), 260) == [50, 52]
+    assert looks(MemoryProbe(every=2), 20) == [1, 3]
 
 
 @pytest.mark.parametrize("settings", [{"every": 0}, {"batches": 0}, {"sequences": True}, {"map_size": -1}])

@@ -17,7 +17,7 @@ class Hedgehog(FeatureMap):
     imitate the weights of a softmax attention; here M starts as the identity, as there, and is trained with the model.
     """
 
-    source = "Zhang et al. 2024 (Hedgehog)"
+    source = "Zhang et al. 2024 (Hedgehog, arXiv 2402.04347)"
 
     def __init__(self, d_key: int, config: AttentionConfig) -> None:
         super().__init__(d_key, config)

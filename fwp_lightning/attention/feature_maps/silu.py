@@ -12,7 +12,7 @@ from fwp_lightning.attention.feature_maps.feature_map import FEATURE_MAPS, Featu
 class Silu(FeatureMap):
     """phi(x) = x / (1 + exp(-x)): down to -0.28, so that only phi_norm: l2 fits it."""
 
-    source = "Elfwing et al. 2018; Yang et al. 2024 (DeltaNet in parallel), with phi_norm l2"
+    source = "Elfwing et al. 2018; Yang et al. 2024 (Parallelizing Linear Transformers with the Delta Rule)"
     signed = True
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ class L2Norm(PhiNorm):
     instead of the sum.
     """
 
-    source = "Yang et al. 2024 (DeltaNet in parallel)"
+    source = "Yang et al. 2024 (Parallelizing Linear Transformers with the Delta Rule), keys and queries"
 
     def divide(self, phi: Tensor, eps: float) -> Tensor:
         return phi / (torch.linalg.vector_norm(phi, dim=-1, keepdim=True) + eps)

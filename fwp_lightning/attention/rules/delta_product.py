@@ -35,7 +35,7 @@ class DeltaProductRule(Rule):
     rule on n T pairs, of which every n-th is followed by a read-out.
     """
 
-    source = "Siems et al. 2025 (DeltaProduct)"
+    source = "Siems et al. 2025 (DeltaProduct, arXiv 2502.10297)"
     gates = (BETA,)
     Options = DeltaProductOptions
     goes_with: ClassVar = {"feature_map": "silu", "phi_norm": "l2"}

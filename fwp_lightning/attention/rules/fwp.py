@@ -84,7 +84,7 @@ class FwpRule(Rule):
     In the paper's words a and b for value and key; what is read is W applied to an input, here the query.
     """
 
-    source = "Schmidhuber 1991, 1993; Schlag, Irie, Schmidhuber 2021, eqs. 1-3"
+    source = "Schmidhuber 1991, 1992, 1993; Schlag, Irie, Schmidhuber 2021, eqs. 1-3"
     Options = FwpOptions
     goes_with: ClassVar = {"feature_map": "identity"}
     takes_padding = False

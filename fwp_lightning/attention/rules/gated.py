@@ -60,7 +60,7 @@ class GatedRule(Rule):
     forgets what has nothing to do with the key that is written.
     """
 
-    source = "Peng et al. 2021 (RFA-Gate); Yang et al. 2023, a scalar gate; Schlag, Irie, Schmidhuber 2021, eq. 52"
+    source = "Peng et al. 2021 (RFA-Gate); Schlag, Irie, Schmidhuber 2021, eq. 52; Yang et al. 2023, a vector gate"
     gates = (ALPHA,)
     Options = GatedOptions
     goes_with: ClassVar = {"feature_map": "elu", "attention_norm": "readout"}

@@ -44,7 +44,7 @@ class GatedDeltaRule(Rule):
     power of 1 / temperature, so that the layer keeps projections without biases. With alpha = 1 it is the delta rule.
     """
 
-    source = "Yang, Kautz, Hatamizadeh 2024 (Gated Delta Networks), eq. 10"
+    source = "Yang, Kautz, Hatamizadeh 2024 (Gated Delta Networks, arXiv 2412.06464)"
     gates = (ALPHA, BETA)
     Options = GatedDeltaOptions
     goes_with: ClassVar = {"feature_map": "silu", "phi_norm": "l2"}
