@@ -37,13 +37,14 @@ define train_and_report
 	exit $$status
 endef
 
-NO_FAIRSEQ = echo "fairseq was not installed (see above; it needs a C++ compiler and Python's headers): everything but" \
-  "the translation experiments works without it" >&2
+FAIRSEQ_LOG := $(VENV)/fairseq.log
+NO_FAIRSEQ = echo "fairseq was not installed; it needs a C++ compiler and Python's headers (what pip said: $(FAIRSEQ_LOG))." \
+  "Everything but the translation experiments works without it." >&2
 
 # one sweep at a time also under `make -j`: a sweep runs JOBS processes of its own
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-faults test-slurm test-server lint smoke data-wikitext2 data-wikitext103 data-wmt14 reproduce report verify status ui bench bench-gpu
+.PHONY: help setup test test-faults test-slurm test-server test-browser lint smoke data-wikitext2 data-wikitext103 data-wmt14 reproduce report verify status ui bench bench-gpu
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -65,6 +66,9 @@ test-slurm: $(INSTALLED) ## start a SLURM of one node, preempt, fail and cancel 
 
 test-server: $(INSTALLED) ## eight processes against an MLflow server with PostgreSQL that goes away and comes back
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m server -q
+
+test-browser: $(INSTALLED) ## look at the runs in `mlflow ui` and at the report in Chromium; SCREENSHOTS=folder keeps the pictures
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser -q
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .
@@ -137,8 +141,8 @@ $(FAIRSEQ): fairseq.txt $(INSTALLED)
 	@echo "Building fairseq for the translation experiments (a minute or two, once) ..."
 ifneq ($(UV),)
 	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --build-constraints constraints.txt -r fairseq.txt \
-	  && touch $@ || $(NO_FAIRSEQ)
+	  > $(FAIRSEQ_LOG) 2>&1 && touch $@ || $(NO_FAIRSEQ)
 else
 	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
-	  $(BIN)/python -m pip install --quiet --no-deps -r fairseq.txt && touch $@ || $(NO_FAIRSEQ)
+	  $(BIN)/python -m pip install --quiet --no-deps -r fairseq.txt > $(FAIRSEQ_LOG) 2>&1 && touch $@ || $(NO_FAIRSEQ)
 endif

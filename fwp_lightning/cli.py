@@ -278,8 +278,7 @@ def _seconds(text: str) -> float:
 
 
 def _words(text: str) -> list[str]:
-    # names may hold commas in parentheses, as "Performer (m = 192, Table 6)" does
-    words = [word.strip() for word in re.split(r",(?![^()]*\))", text) if word.strip()]
+    words = [word.strip() for word in text.split(",") if word.strip()]
     if not words:
         raise argparse.ArgumentTypeError(f"{text!r} names nothing")
     return words

@@ -126,7 +126,10 @@ def count(kernel: str, function: str, dtype: Any, problem: ctypes.Structure) -> 
 
 def dense(x: Any) -> Any:
     """Return a tensor as a kernel can read it through a pointer: row after row, and no view that is negated lazily."""
-    return None if x is None else x.contiguous().resolve_neg()
+    # most are: asking is cheaper than being given the same tensor again
+    if x is None or (x.is_contiguous() and not x.is_neg()):
+        return x
+    return x.contiguous().resolve_neg()
 
 
 def launch(kernel: str, function: str, dtype: Any, problem: ctypes.Structure, *tensors: Any, stream: int) -> None:
@@ -192,6 +195,8 @@ def outlook(name: str) -> tuple[bool, str]:
         command = recipe.compiler()
         target = _target(recipe, command)
         failure = _read(target.with_suffix(".failed")) or _why_not_writable(target.parent)
+        if not failure and recipe.level != CUDA:
+            failure = _why_not_compiling(command)
     except (KernelUnavailable, UserError) as error:
         return False, str(error)
     if failure:
@@ -285,6 +290,24 @@ def _compiler_digest(command: tuple[str, ...]) -> str:
     return _digest(*command[1:], version.stdout, libc or "")[:8]
 
 
+@functools.cache
+def _why_not_compiling(command: tuple[str, ...]) -> str | None:
+    """Return what a C++ compiler says where it cannot even preprocess an empty file: a matter of milliseconds."""
+    try:
+        result = subprocess.run(
+            [*command, "-x", "c++", "-std=c++17", "-E", os.devnull],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{shlex.join(command)} cannot be run: {error}"
+    if result.returncode == 0 and result.stdout:
+        return None
+    return f"{command[0]} failed on an empty file: {_first_error(result.stderr, 'it wrote nothing and gave no reason')}"
+
+
 def _digest(*parts: str) -> str:
     return hashlib.sha256(b"\0".join(part.encode() for part in parts)).hexdigest()[:16]
 
@@ -364,9 +387,8 @@ def _compile(command: list[str], source: str, target: Path) -> None:
         except subprocess.TimeoutExpired as error:
             raise KernelUnavailable(f"{command[0]} took over {BUILD_SECONDS} s for {source}") from error
         if result.returncode != 0 or not built.is_file():
-            lines = result.stderr.strip().splitlines() or ["it wrote no library and gave no reason"]
-            first = next((line for line in lines if re.search("error|fatal", line, re.IGNORECASE)), lines[0])
-            reason = f"{command[0]} failed on {source}: {first.strip()}"
+            reason = _first_error(result.stderr, "it wrote no library and gave no reason")
+            reason = f"{command[0]} failed on {source}: {reason}"
             # `fwp list` can say so without trying again
             failed.write_text(reason)
             raise KernelUnavailable(reason)
@@ -375,6 +397,12 @@ def _compile(command: list[str], source: str, target: Path) -> None:
         _seal(built)
         os.replace(built, target)
     failed.unlink(missing_ok=True)
+
+
+def _first_error(said: str, otherwise: str) -> str:
+    """Return the line that matters of what a compiler wrote to stderr."""
+    lines = said.strip().splitlines() or [otherwise]
+    return next((line for line in lines if re.search("error|fatal", line, re.IGNORECASE)), lines[0]).strip()
 
 
 def _seal(path: Path) -> None:
@@ -400,6 +428,11 @@ def _why_not_writable(folder: Path) -> str | None:
         return _not_kept(folder, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
     if not os.access(there, os.W_OK | os.X_OK):
         return _not_kept(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+    try:
+        # some file systems refuse what rights allow
+        os.rmdir(tempfile.mkdtemp(dir=there))
+    except OSError as error:
+        return _not_kept(folder, error)
     return None
 
 

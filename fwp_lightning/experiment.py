@@ -660,9 +660,7 @@ def resolve_runs(
     if protocol not in experiment.protocols:
         known = did_you_mean(protocol, list(experiment.protocols))
         raise UserError(f"{experiment.name} has no protocol {protocol!r}. {known}")
-    for row in rows or ():
-        if row not in experiment.rows:
-            raise UserError(f"{experiment.name} has no row {row!r}. {did_you_mean(row, list(experiment.rows))}")
+    rows = _chosen_rows(experiment.name, rows, list(experiment.rows))
     offered = experiment.rows if chosen.rows is None else chosen.rows
     names = [row for row in experiment.rows if row in offered and (rows is None or row in rows)]
     if not names:
@@ -801,6 +799,21 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def _chosen_rows(experiment: str, asked: Sequence[str] | None, known: Sequence[str]) -> list[str] | None:
+    """Return the rows that are asked for; a name with commas, as of a command line, may have come in pieces."""
+    if asked is None:
+        return None
+    rows, pieces = [], list(asked)
+    while pieces:
+        beginnings = {", ".join(pieces[:n]): n for n in range(len(pieces), 0, -1)}
+        row = next((name for name in beginnings if name in known), None)
+        if row is None:
+            raise UserError(f"{experiment} has no row {pieces[0]!r}. {did_you_mean(pieces[0], list(known))}")
+        rows.append(row)
+        pieces = pieces[beginnings[row] :]
+    return rows
+
+
 def _runs_of_view(
     view: View,
     profile: str,
@@ -810,9 +823,7 @@ def _runs_of_view(
 ) -> list[Run]:
     own = view.profiles.get(profile, ViewFilter())
     shown = own.rows or view.chosen.rows or list(view.parent.rows)
-    for row in rows or ():
-        if row not in shown:
-            raise UserError(f"{view.name} has no row {row!r}. {did_you_mean(row, shown)}")
+    rows = _chosen_rows(view.name, rows, shown)
     grid = {**view.chosen.grid, **own.grid}
     runs = resolve_runs(view.parent, profile=profile, protocol=protocol, rows=rows or shown, seeds=seeds)
     wanted = [{point_name({key: value}) for value in values} for key, values in grid.items()]

@@ -62,6 +62,8 @@ def open_store(project: Project) -> MlflowClient:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # texts that an export reads are of a few lines
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # two lines for every run that ends, between those of a sweep; README says where the runs are
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     # a server that is down must cost seconds, not minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -354,6 +356,9 @@ def tags_of(run: Run, origin: Origin) -> dict[str, str]:
         "deviations": run.deviations,
         "config_sha256": run.config_sha256,
         "command": origin.command,
+        # the column Source of MLflow's pages
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.name": origin.command,
         "git_commit": origin.git_commit,
         "git_dirty": origin.git_dirty,
         "python": platform.python_version(),
@@ -436,9 +441,15 @@ class RunRecorder:
         return self.folder / "journal.jsonl"
 
     def start(self, params: Mapping[str, str] | None = None, texts: Mapping[str, str] | None = None) -> bool:
-        """Open the run, reopening the one of an interrupted training; return False if it is complete already."""
+        """Open the run, reopening the one of an interrupted training; return False if it is complete already.
+
+        In the store, or in the journal of a process that ended while the store was away.
+        """
         header = {"experiment": self.experiment, "name": self.name, "tags": self.tags}
         _write_atomically(self.folder / "run.json", json.dumps(header, indent=1))
+        if self._ended_in_journal():
+            self.flush(insist=True)
+            return False
         try:
             if self._open() == "complete":
                 return False
@@ -453,6 +464,13 @@ class RunRecorder:
             self.log_text(name, text)
         self.flush()
         return True
+
+    def _ended_in_journal(self) -> bool:
+        """Return whether the run is complete but for what the store has not taken: its checkpoints are gone then."""
+        with contextlib.suppress(OSError):
+            tags = [operation["tags"] for operation in read_journal(self.journal) if operation["op"] == "tags"]
+            return next((found["complete"] for found in reversed(tags) if "complete" in found), "false") == "true"
+        return False
 
     def _open(self) -> Literal["new", "resumed", "complete"]:
         home = experiment_id(self.client, self.project, self.experiment)

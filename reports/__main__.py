@@ -45,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 draw_families(project, results, output)
                 return 0
             empty = draw(project, results, options.names, output)
-        for name in empty:
-            said = f"no runs for {name} in results/runs.csv; run `make reproduce-{name}` first."
-            print(f"reports: {said}", file=sys.stderr)
+        if empty:
+            said = f"no runs for {', '.join(empty)} in results/runs.csv; run `make reproduce-{empty[0]}` first"
+            print(f"reports: {said}{', and so on' if len(empty) > 1 else ''}.", file=sys.stderr)
         return 2 if options.names and empty else 0
     except UserError as error:
         print(f"reports: {error}", file=sys.stderr)

@@ -7,6 +7,7 @@ the same stand in one line, whatever they are called there.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import io
 import math
@@ -159,11 +160,11 @@ class Family:
     @cached_property
     def table(self) -> Table:
         """The table as every format shows it."""
-        lines = [
-            (name, str(memory), *(column[memory].text for column in self.columns.values()))
-            for memory, name in self.names.items()
-        ]
-        return Table(("row", "memory", *self.columns), tuple(lines), 2)
+        return Table(("row", "memory", *self.columns), tuple(map(self.line, self.names)), 2)
+
+    def line(self, memory: Memory) -> tuple[str, ...]:
+        """One line of the table."""
+        return (self.names[memory], str(memory), *(column[memory].text for column in self.columns.values()))
 
     @property
     def links(self) -> list[list[str]]:
@@ -352,11 +353,13 @@ def _costs(runs: Sequence[Run]) -> list[object]:
 
 
 def block(families: Sequence[Family]) -> str:
-    """README's block: the profile nearest to the paper, smoke runs apart."""
+    """README's block: the profile nearest to the paper, smoke runs apart, and of its lines those with a run."""
     shown = next((family for family in families if family.profile != PROFILES[-1]), None)
     if shown is None:
         return f"Of the profiles `{'` and `'.join(PROFILES[:-1])}` no run is there yet."
+    begun = [memory for memory in shown.names if any(column[memory].text != NONE for column in shown.columns.values())]
+    table = dataclasses.replace(shown.table, lines=tuple(shown.line(memory) for memory in begun))
     notes = "\n\n".join(map(markdown_text, shown.notes))
     numbers = f"Numbers: `reports/output/{shown.profile}/{NAME}.csv`."
     where = f"Profile `{shown.profile}`; {markdown_text(shown.completeness)}. {numbers}"
-    return "\n".join([where, "", *markdown_lines(shown.table), "", notes])
+    return "\n".join([where, "", *markdown_lines(table), "", notes])

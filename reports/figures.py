@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
-from matplotlib.ticker import FixedLocator, LogLocator, MultipleLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, LogFormatter, LogLocator, MultipleLocator
 
 from reports import wording
 from reports.palette import DARK, INK, MUTED, PAPER, Look, looks_of
@@ -28,7 +28,8 @@ WIDTH, AXES_HEIGHT = 6.0, 3.5
 LEFT, RIGHT = 0.68, 0.2
 BELOW_AXES, LEGEND_LINE, FOOTER = 0.52, 0.185, 0.36
 TITLE_LINE, SUBTITLE = 0.2, 0.42
-LEGEND_COLUMNS = 3
+# letters of the longest label with which so many columns of a legend fit side by side
+LEGEND_COLUMNS = {3: 29, 2: 42}
 TITLE_LENGTH = 64
 DOTS = (0, (1.5, 2))
 FOOTER_LENGTH = 130
@@ -55,15 +56,22 @@ def draw(selection: Selection, cells: Sequence[Cell]) -> Figure:
         title = balanced(plan.title)
         handles = _handles(plan, looks, marks)
         top = len(title) * TITLE_LINE + SUBTITLE
-        legend = -(-len(handles) // LEGEND_COLUMNS) * LEGEND_LINE
+        n_columns = legend_columns([str(handle.get_label()) for handle in handles])
+        legend = -(-len(handles) // n_columns) * LEGEND_LINE
         bottom = BELOW_AXES + legend + FOOTER
         height = top + AXES_HEIGHT + bottom
         figure.set_size_inches(WIDTH, height)
         axes.set_position((LEFT / WIDTH, bottom / height, 1 - (LEFT + RIGHT) / WIDTH, AXES_HEIGHT / height))
         corner = (LEFT / WIDTH, (FOOTER + legend) / height)
-        figure.legend(handles=handles, loc="upper left", bbox_to_anchor=corner, ncols=LEGEND_COLUMNS, borderaxespad=0)
+        figure.legend(handles=handles, loc="upper left", bbox_to_anchor=corner, ncols=n_columns, borderaxespad=0)
         write_texts(figure, selection, "\n".join(title), height)
     return figure
+
+
+def legend_columns(labels: Sequence[str]) -> int:
+    """Into how many columns a legend goes."""
+    longest = max(map(len, labels), default=0)
+    return next((n_columns for n_columns, letters in LEGEND_COLUMNS.items() if longest <= letters), 1)
 
 
 def balanced(title: str) -> list[str]:
@@ -251,7 +259,8 @@ def _prepare(axes: Axes, plan: Plan, x_limits: tuple[float, float]) -> None:
     if y.scale == "log":
         axes.yaxis.set_major_locator(LogLocator(numticks=12))
         axes.yaxis.set_minor_locator(LogLocator(subs=range(2, 10), numticks=12))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        # an axis of one decade or two needs more than their ends
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.7)))
     elif y.limits == (0.0, 0.5):
         axes.yaxis.set_major_locator(MultipleLocator(0.1))
 

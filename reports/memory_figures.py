@@ -16,13 +16,13 @@ from reports.figures import (
     BELOW_AXES,
     FOOTER,
     LEFT,
-    LEGEND_COLUMNS,
     LEGEND_LINE,
     RIGHT,
     SUBTITLE,
     TITLE_LINE,
     WIDTH,
     balanced,
+    legend_columns,
     style,
     write_texts,
 )
@@ -33,8 +33,6 @@ from reports.sources import Run
 # inches
 PANEL_HEIGHT, ROW_GAP, COLUMN_GAP, MAP_HEIGHT = 1.9, 0.62, 0.62, 1.75
 ABOVE_PANEL, COLOURBAR = 0.1, 0.55
-# letters of a label beyond which three columns of the legend do not fit
-LONGEST_OF_THREE = 26
 NEWEST = "the newest value"
 CONTRAST = (
     ("before_cosine", "cosine before the write"),
@@ -156,7 +154,7 @@ def _frame(
     looks = looks_of(selection.plan.rows)
     labels = list(looks) if legend else [NEWEST]
     top = len(title) * TITLE_LINE + SUBTITLE + ABOVE_PANEL
-    below = BELOW_AXES + -(-len(labels) // _n_columns(labels)) * LEGEND_LINE + FOOTER
+    below = BELOW_AXES + -(-len(labels) // legend_columns(labels)) * LEGEND_LINE + FOOTER
     whole = top + n_lines * height + (n_lines - 1) * ROW_GAP + below
     width = (WIDTH - LEFT - right - (n_columns - 1) * COLUMN_GAP) / n_columns
     figure = Figure(figsize=(WIDTH, whole))
@@ -176,14 +174,10 @@ def _frame(
 
 
 def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
-    height, n_columns = figure.get_figheight(), _n_columns([str(handle.get_label()) for handle in handles])
+    height, n_columns = figure.get_figheight(), legend_columns([str(handle.get_label()) for handle in handles])
     lines = -(-len(handles) // n_columns)
     corner = (LEFT / WIDTH, (FOOTER + lines * LEGEND_LINE) / height)
     figure.legend(handles=handles, loc="upper left", bbox_to_anchor=corner, ncols=n_columns, borderaxespad=0)
-
-
-def _n_columns(labels: Sequence[str]) -> int:
-    return LEGEND_COLUMNS if max(map(len, labels)) <= LONGEST_OF_THREE else 2
 
 
 def _handle(row: str, look: Look) -> Line2D:

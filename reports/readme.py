@@ -11,7 +11,7 @@ from reports import benchmarks, family_table, verdict_tables, wording
 from reports.plan import Plan, load_plan, report_names
 from reports.selection import Cell, Selection, collect, select
 from reports.sources import Results
-from reports.tables import Table, markdown_lines, markdown_text
+from reports.tables import Table, is_compared, markdown_lines, markdown_text
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 README, FAMILY = Path("README.md"), Path("fwp_lightning") / "attention" / "README.md"
@@ -92,7 +92,7 @@ def block(project: Project, results: Results) -> str:
 
 
 def _tables(project: Project, results: Results) -> list[str]:
-    """Ours beside the paper's numbers for every table that has runs of more than the profile smoke."""
+    """Ours beside the paper's numbers, where it has any, for every table with runs of more than the profile smoke."""
     sections = []
     for name in report_names(project):
         experiment = load_experiment(name, project)
@@ -101,7 +101,7 @@ def _tables(project: Project, results: Results) -> list[str]:
         for protocol in dict.fromkeys([experiment.protocol, *experiment.protocols]):
             plan = load_plan(project, name, profile, protocol)
             selection = select(plan, results)
-            if plan.spec.kind == "table" and selection.runs:
+            if plan.spec.kind == "table" and selection.runs and is_compared(collect(selection, results)):
                 sections.append(_table_section(selection, results))
     if not sections:
         return []
@@ -117,7 +117,7 @@ def _table_section(selection: Selection, results: Results) -> str:
     columns = [
         (point, metric) for point in plan.points for metric in plan.spec.metrics if (point, metric.name) in known
     ]
-    header = ("model", *(wording.column(point, metric) for point, metric in columns))
+    header = ("model", *(wording.column(plan, point, metric) for point, metric in columns))
     rows = [name for row in plan.rows for name in plan.spec.lines_of(row)]
     lines = [(row, *(_pair(cells.get((row, point, metric.name)), plan) for point, metric in columns)) for row in rows]
     body = markdown_lines(Table(header, tuple(lines), 1))

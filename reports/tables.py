@@ -81,7 +81,7 @@ def _columns_table(selection: Selection, cells: Sequence[Cell]) -> Table:
     header, compared = ["model"], is_compared(cells)
     width = 3 if compared else 1
     for point, metric in columns:
-        header += [f"{wording.column(point, metric)}, {plan.statistic}: ours", "paper", "difference"][:width]
+        header += [f"{wording.column(plan, point, metric)}: ours", "paper", "difference"][:width]
     lines, places = [], []
     for name in (name for row in plan.rows for name in plan.spec.lines_of(row)):
         line = [name]
@@ -116,8 +116,10 @@ def caption(selection: Selection) -> str:
 
 def notes(selection: Selection) -> list[str]:
     """How to read the table, where the numbers differ in kind, and the known deviations."""
-    sentences = ["Ours is the mean ± standard deviation over seeds, with the number of runs in brackets."]
-    if selection.plan.has_released and selection.plan.protocol != "released":
+    plan = selection.plan
+    evaluation = f"that of the {plan.statistic} evaluation, " if plan.spec.kind == "table" else ""
+    sentences = [f"Ours is {evaluation}the mean ± standard deviation over seeds, with the number of runs in brackets."]
+    if plan.has_released and plan.protocol != "released":
         sentences.append("The paper's and the authors' numbers were measured under the released protocol.")
     return [*sentences, *selection.deviations]
 

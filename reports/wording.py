@@ -144,9 +144,9 @@ def point_value(point: str) -> tuple[str, str]:
     return (SYMBOLS.get(key, key), value) if equals and "=" not in value else ("point", point)
 
 
-def column(point: str, metric: Metric) -> str:
-    """`small test`: what a table's column holds."""
-    return " ".join(part for part in (point_value(point)[1], metric.label) if part)
+def column(plan: Plan, point: str, metric: Metric) -> str:
+    """`small test`: what a table's column holds; the point is the title's where it is the only one."""
+    return " ".join(part for part in ("" if only_point(plan) else point_value(point)[1], metric.label) if part)
 
 
 def only_point(plan: Plan) -> str:

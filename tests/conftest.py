@@ -100,9 +100,9 @@ class ToyProject:
         path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
         return {**os.environ, "PYTHONPATH": path, "FWP_ROOT": str(self.root), "COLUMNS": "200"}
 
-    def fwp(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def fwp(self, *arguments: str, seconds: float = 120.0) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.command(*arguments), env=self.environment, capture_output=True, text=True, timeout=120, check=False
+            self.command(*arguments), env=self.environment, capture_output=True, text=True, timeout=seconds, check=False
         )
 
     def start(self, *arguments: str) -> "subprocess.Popen[str]":

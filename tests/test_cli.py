@@ -121,7 +121,7 @@ def test_a_dry_run_checks_runs_of_a_machine_that_this_is_not(toy):
         runs[0],
         config={**runs[0].config, "trainer": {**runs[0].config["trainer"], "accelerator": "gpu", "devices": 64}},
     )
-    assert "trainer.devices=64 needs a machine with as many GPUs" in (check_run(away) or "")
+    assert "trainer.devices=64 needs a machine with as many GPUs" in check_run(away).reason
     assert check_run(on_this_machine(away)) is None
     assert on_this_machine(runs[0]) is runs[0]
 
@@ -316,6 +316,25 @@ def test_a_dry_run_imports_files_and_checks_rows(fwp, toy):
     assert "row 'steep', n_keys=2" in steep
     assert "key \"attention.nu\": Expected a <class 'int'>. Got value: two" in steep
     assert tanh == "  toy, row 'tanh', n_keys=2: unknown map 'tahn'. Known: identity, tanh."
+
+
+@pytest.mark.parametrize("more", ["", ",position no, attention norm yes"])
+def test_rows_with_commas_in_their_names_can_be_chosen(more, monkeypatch, capsys):
+    monkeypatch.setenv("FWP_ROOT", str(ROOT))
+    assert main(["sweep", "table3", "--dry-run", "--rows", f"position yes, attention norm no{more}"]) == 0
+    out = capsys.readouterr().out
+    assert "table3/position yes, attention norm no/seed1" in out
+    assert ("table3/position no, attention norm yes/seed1" in out) == bool(more)
+    assert f"\n{2 if more else 1} run" in out
+
+
+def test_what_several_rows_lack_is_told_once(fwp, toy):
+    toy.edit("toy", "kind: tanh", "nu: two")
+    toy.edit("toy", "nu: 2", "nu: two")
+    code, _, err = fwp("sweep", "toy", "--dry-run", "--import", TOY_TASK)
+    assert code == 2
+    assert err.startswith("fwp: error: toy, row 'steep', n_keys=2 and 1 more: ")
+    assert len(err.splitlines()) == 1
 
 
 def test_a_misspelt_key_of_the_base_is_told_once_with_its_file(fwp, toy):

@@ -198,6 +198,27 @@ def test_a_cxx_that_compiles_nothing_is_quoted(
     assert words in str(compiled.why_unavailable("answer"))
 
 
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("exit 1", "it wrote nothing and gave no reason"),
+        ("exit 0", "it wrote nothing and gave no reason"),
+        ("kill -9 $$", "it wrote nothing and gave no reason"),
+        ("echo 'g++: fatal error: cannot execute cc1plus' >&2; exit 1", "g++: fatal error: cannot execute cc1plus"),
+    ],
+)
+def test_a_program_that_compiles_nothing_is_found_out_before_it_is_needed(
+    small_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, words: str
+) -> None:
+    log = tmp_path / "log"
+    cxx = stand_in(tmp_path / "cxx", f'echo "$@" >> {log}; [ "$1" = --version ] && exec g++ --version\n{body}')
+    monkeypatch.setenv("CXX", cxx)
+    for _ in range(3):
+        assert compiled.outlook("answer") == (False, f"{cxx} failed on an empty file: {words}")
+    # asked once, not for each kernel
+    assert len(log.read_text().splitlines()) == 2
+
+
 def test_a_compiler_that_fails_is_quoted_and_remembered_for_the_list(small_source: Path) -> None:
     (small_source / "answer.cpp").write_text("this is not C++\n")
     assert compiled.outlook("answer") == (True, "g++ builds it on first use, once")
@@ -227,6 +248,17 @@ def test_a_cache_that_cannot_be_written_names_the_way_out(
     for reason in (compiled.why_unavailable("answer"), compiled.outlook("answer")[1]):
         assert f"kernels cannot be kept in {tmp_path / 'file'}" in str(reason)
         assert "set FWP_CACHE to a folder of yours" in str(reason)
+
+
+def test_a_folder_that_nobody_can_make_is_found_out_before_it_is_needed(
+    small_source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Modes and rights say that root may write there."""
+    monkeypatch.setenv("FWP_CACHE", "/proc/kernels")
+    available, reason = compiled.outlook("answer")
+    assert not available
+    assert reason.startswith("kernels cannot be kept in /proc/kernels (")
+    assert compiled.why_unavailable("answer") == reason
 
 
 def test_a_read_only_cache_serves_what_is_in_it_and_nothing_else(

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_operators import ABSENT, ALL_OR_LEAST, assert_traced_alike
+from test_operators import draw as draw_leaves
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -66,7 +68,10 @@ def device(
         compiled._function.cache_clear()
     # fills what torch.empty returns with NaN
     torch.use_deterministic_algorithms(True)
-    yield torch.device("cpu" if request.param == "emulated" else "cuda")
+    with torch.library._scoped_library("fwp_lightning", "IMPL") as library:
+        if request.param == "emulated":
+            cuda_recurrence.RULE.implement(library, "CPU")
+        yield torch.device("cpu" if request.param == "emulated" else "cuda")
     torch.use_deterministic_algorithms(False)
     compiled._function.cache_clear()
 
@@ -253,6 +258,60 @@ def test_a_second_derivative_is_refused_not_lost(device: torch.device, rule: str
     assert o is not None
     with pytest.raises(RuntimeError, match="second derivatives of a memory"):
         torch.autograd.grad(o.sum(), [inputs["k"]], create_graph=True)
+
+
+# --- tracers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("absent", ABSENT, ids=lambda x: "no " + " and ".join(x))
+@pytest.mark.parametrize("rule", RULES)
+def test_the_operator_is_what_its_registration_says(device: torch.device, rule: str, absent: tuple[str, ...]) -> None:
+    absent = (*absent, "beta") if rule == "sum" else absent
+    inputs = draw_leaves((2, 19, 2, 5, 3), absent, torch.float32, device)
+    torch.library.opcheck(torch.ops.fwp_lightning.cuda_recurrence.default, tuple(inputs.values()))
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("absent", ALL_OR_LEAST, ids=lambda x: "no " + " and ".join(x))
+@pytest.mark.parametrize("rule", RULES)
+def test_one_graph_of_any_size_gives_the_same_bits(
+    device: torch.device, rule: str, absent: tuple[str, ...], dtype: torch.dtype, compiler: str
+) -> None:
+    absent = (*absent, "beta") if rule == "sum" else absent
+    sizes = [(2, 7, 3, 5, 3), (4, 18, 3, 5, 3), (5, 33, 3, 5, 3)]
+
+    def function(**x: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        return rule_of(cuda_recurrence, rule)(**{n: y for n, y in x.items() if n != "beta" or y is not None})
+
+    assert_traced_alike(function, compiler, [draw_leaves(size, absent, dtype, device) for size in sizes])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_tracer_is_told_shapes_and_dtypes_on_a_gpu_that_is_not_there(
+    rule: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(cuda_recurrence, "why_no_kernel", lambda device: None)
+    drawn = draw(rule, (2, 7, 3, 5, 4), dtype)
+    with FakeTensorMode():
+        inputs = {name: torch.empty(x.shape, dtype=x.dtype, device="cuda") for name, x in drawn.items()}
+        traced = torch.compile(rule_of(ops, rule), backend="eager", fullgraph=True, dynamic=True)
+        for function in (traced, rule_of(ops, rule)):
+            o, last = function(**inputs, backend="cuda")  # type: ignore[call-arg]
+            assert o is not None
+            assert (o.dtype, tuple(o.shape), o.device.type) == (dtype, (2, 7, 3, 4), "cuda")
+            assert (last.dtype, tuple(last.shape), last.device.type) == (torch.float32, (2, 3, 5, 4), "cuda")
+        # autograd itself needs a PyTorch with CUDA
+        inputs = {"beta": None, **inputs}
+        tensors = [inputs[name] for name in ("q", "k", "v", "beta", "state")]
+        _, last, errors = cuda_recurrence.RULE.operator(*tensors)
+        assert rule == "sum" or errors.dtype == torch.float32
+        gradients = cuda_recurrence.RULE.backward_operator(*tensors, errors, None, last)
+        for x, gradient in zip(tensors, gradients, strict=True):
+            assert gradient.shape == ((0,) if x is None else x.shape)
+            assert x is None or (gradient.dtype, gradient.device) == (x.dtype, x.device)
 
 
 # --- threads and memory -----------------------------------------------------------------------------------------------

@@ -149,6 +149,7 @@ def test_without_a_compiler_everything_but_translation_is_set_up(clone: Clone) -
         assert clone.stamp.exists()
         assert "fairseq was not installed" in done.stderr
         assert "C++ compiler" in done.stderr
+        assert "fairseq.log" in done.stderr
     assert len(clone.calls("-r fairseq.txt")) == 2, "it is tried again"
     assert len(clone.calls("-e .[dev,mt]")) == 1
 

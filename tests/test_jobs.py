@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sqlite3
 import sys
 import threading
 import types
@@ -19,8 +21,8 @@ from fwp_lightning.cli import main
 from fwp_lightning.errors import UserError
 from fwp_lightning.results import project_status, read_points, read_store
 from fwp_lightning.slurm import Job, Queue, read_resources, write_job
-from fwp_lightning.sweep import training
-from fwp_lightning.sweep.jobs import train_in_job
+from fwp_lightning.sweep import run_sweep, training
+from fwp_lightning.sweep.jobs import SlurmSweep, train_in_job
 from fwp_lightning.sweep.workers import Settings, import_file
 from fwp_lightning.tracking import Origin, close_dead_runs, is_alive, this_process
 
@@ -213,3 +215,64 @@ def test_a_killed_job_on_another_machine_is_marked(tracked: ToyProject, client: 
     # squeue names no job
     assert close_dead_runs(client, tracked.project) == 1
     assert read_store(client)[0].status == "KILLED"
+
+
+# --- the watch
+
+
+@pytest.fixture
+def cluster(tracked: ToyProject, commands: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cluster that takes one job, which runs until the file returned is there."""
+    pytest.importorskip("submitit", reason="submitit is not installed")
+    ended = tracked.root / "ended"
+    commands("squeue", f'[ -e {ended} ] || echo "7 RUNNING"')
+    commands("sbatch", 'echo "Submitted batch job 7"')
+    commands("srun", "exit 1")
+    import_file(str(TOY_TASK))
+    # every look asks the queue
+    monkeypatch.setattr(slurm, "QUEUE_SECONDS", 0.0)
+    return ended
+
+
+def rename_tables(toy: ToyProject, old: str, new: str) -> None:
+    """Take the tables of the store away, or bring them back: it refuses at once what is asked meanwhile."""
+    with contextlib.closing(sqlite3.connect(toy.root / "mlflow.db")) as database:
+        for table in ("experiments", "runs"):
+            database.execute(f"alter table {old}{table} rename to {new}{table}")
+
+
+def test_a_job_that_ends_while_the_store_is_away_is_taken_in_when_it_is_back(
+    tracked: ToyProject, client: Any, train: Any, cluster: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (run,) = tracked.runs(profile="short", seeds=[1])
+    journal = tracked.project.runs / run.run_key / "journal.jsonl"
+    happened = []
+
+    def rest(sweep: SlurmSweep) -> None:
+        """What goes on between two looks."""
+        happened.append(sorted(sweep._jobs))
+        match len(happened):
+            case 1:
+                rename_tables(tracked, "", "away_")
+                assert train(run).status == "complete"
+                assert journal.exists()
+            case 2:
+                cluster.touch()
+            case 5:
+                rename_tables(tracked, "away_", "")
+        assert len(happened) < 8
+
+    monkeypatch.setattr(SlurmSweep, "_rest", rest)
+    origin = Origin(imports=(str(TOY_TASK),))
+    assert run_sweep([run], tracked.project, origin, resources=read_resources({})) == 0
+    # the job stays in the list until it is known how it ended: at the looks after 2, 3 and 4 it is not
+    assert happened == [[run.run_key]] * 5 + [[]]
+    assert not journal.exists()
+    (stored,) = read_store(client)
+    assert (stored.outcome, stored.status) == ("complete", "FINISHED")
+    assert len(read_points(client, [stored.run_id])[stored.run_id]) == 12
+    assert not list(tracked.project.runs.glob("slurm/*.pkl"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("it is asked again how 1 job ended") == 1
+    assert f"complete: {run.name}" in said
+    assert "exported 1 run to" in said

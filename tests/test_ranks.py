@@ -139,8 +139,10 @@ def test_what_goes_wrong_in_the_second_process_is_the_runs_traceback(
 
 
 def test_processes_that_a_sweep_cannot_start_are_found_before_anything_trains(words: Any) -> None:
-    assert "trainer.strategy=ddp_spawn: a sweep starts the processes" in check_run(run_of(words, "spawned"))
-    assert "trainer.num_nodes=2: a run of a sweep trains on one machine" in check_run(run_of(words, "two machines"))
+    assert "trainer.strategy=ddp_spawn: a sweep starts the processes" in check_run(run_of(words, "spawned")).reason
+    assert (
+        "trainer.num_nodes=2: a run of a sweep trains on one machine" in check_run(run_of(words, "two machines")).reason
+    )
     assert check_run(run_of(words, "two")) is None
 
 

@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from sqlalchemy.engine import make_url
 
 from fwp_lightning.cli import build_parser
 from fwp_lightning.slurm import read_resources, resource_options
@@ -78,3 +80,57 @@ def test_the_sweep_on_a_cluster_is_understood() -> None:
 def test_the_commands_at_the_start_are_targets_of_make_and_mlflow() -> None:
     start = blocks("bash")[0].splitlines()
     assert start == ["make reproduce", ".venv/bin/mlflow ui"]
+
+
+def test_the_tracking_server_is_one_that_mlflow_would_start_for_this_machine_alone() -> None:
+    from mlflow.cli import cli
+
+    (block,) = (text for text in blocks("bash") if "mlflow server" in text)
+    start, sweep = block.splitlines()
+    program, name, *options = start.split()
+    given = cli.commands[name].make_context(name, options).params
+    assert (program, name) == (".venv/bin/mlflow", "server")
+    assert (given["host"], given["artifacts_destination"]) == ("127.0.0.1", "mlartifacts")
+    assert make_url(given["backend_store_uri"]).get_driver_name() == "psycopg2"
+    # the sweep beside it speaks to that address
+    address, _, *arguments = sweep.split()
+    assert address == f"MLFLOW_TRACKING_URI=http://{given['host']}:{given['port']}"
+    assert build_parser().parse_args(arguments).jobs == 8
+
+
+def last_and_best(experiment: str, split: str, metric: str) -> dict[tuple[str, str], tuple[float, float]]:
+    """Last and smallest value of a metric by row and point, of seed 1 in the profile short."""
+    runs = pd.read_csv(ROOT / "results" / "runs.csv", keep_default_na=False)
+    runs = runs[(runs.experiment == experiment) & (runs.profile == "short") & (runs.seed == 1)]
+    metrics = pd.read_csv(ROOT / "results" / "metrics.csv")
+    metrics = metrics[(metrics.split == split) & (metrics.metric == metric)].merge(runs, on="run_key")
+    curves = metrics.sort_values("step").groupby(["row", "point"]).value
+    return {key: (curve.iloc[-1], curve.min()) for key, curve in curves}
+
+
+def test_numbers_of_the_audits_are_those_of_the_results() -> None:
+    text = " ".join(README.split())
+    losses = last_and_best("audit_fwm", "valid", "loss")
+    best = {(row, int(point.removeprefix("n_keys="))): loss for (row, point), (_, loss) in losses.items()}
+    with_norm = [f"{best['Schlag (2021)', n]:.3g}" for n in (20, 40, 60)]
+    assert "6.12, 20.1 and 29.9 (tanh)" in text
+    assert with_norm == ["6.12", "20.1", "29.9"]
+    assert [f"{best['Schlag (2021) with DPFP-1', n]:.3f}" for n in (20, 40, 60)] == ["0.025", "0.494", "0.498"]
+    without = [row for row, n in best if "LayerNorm no" in row and n == 20]
+    assert len(without) == 3
+    assert max(best[row, n] for row in without for n in (20, 40, 60)) < 0.002
+    assert f"{best['DPFP-1 delta', 100]:.4f}" == "0.0003"
+    assert f"{best['Schlag (2021), LayerNorm no', 100]:.2f}" == "0.22"
+    assert f"{best['Schlag (2021) with DPFP-1, LayerNorm no', 100]:.2f}" == "0.50"
+    curves = last_and_best("audit_carried_gradient", "valid", "perplexity")
+    ends = [f"{curves[row, ''][0]:.0f}" for row in CARRIED]
+    assert ends == ["284", "286", "429", "972"]
+    assert "284 and 286; without it the whole gradient ends at 429 and the released one at 972" in text
+
+
+CARRIED = (
+    "Linear, whole gradient",
+    "Linear, released gradient",
+    "Linear, attention norm no, whole gradient",
+    "Linear, attention norm no, released gradient",
+)

@@ -306,7 +306,8 @@ def test_every_figure_and_table_names_its_statistic(full: Bench) -> None:
     points = tables.build(full.selection(), full.cells()).header
     assert {"last: ours", "best: ours", "last: released", "best: released"} <= set(points)
     full.add("Delta Network", [35.0], experiment="table9", point="", protocol="corrected", metric="valid/perplexity")
-    assert "valid, best: ours" in tables.build(full.selection("table9"), full.cells("table9")).header
+    assert "valid: ours" in tables.build(full.selection("table9"), full.cells("table9")).header
+    assert tables.notes(full.selection("table9"))[0].startswith("Ours is that of the best evaluation")
 
 
 def test_figure_and_table_of_one_point_name_it(full: Bench) -> None:
@@ -749,6 +750,13 @@ def test_readme_has_tables_of_all_profiles_but_smoke(bench: Bench) -> None:
     # no column for what the paper has no number of
     assert cells_of(block)[0] == ["model", "BLEU"]
     assert ["Delta Network", "25.0 / 27.7"] in cells_of(block)
+
+
+def test_readme_leaves_tables_that_the_paper_lacks_to_the_page(bench: Bench) -> None:
+    bench.edit("table9", profiles={"smoke": {}, "short": {}})
+    bench.add("Delta Network", [25.0], experiment="table9", point="", protocol="corrected", metric="test/bleu")
+    assert bench.draw("readme") == 0
+    assert "### Tables" not in (bench.root / "README.md").read_text()
 
 
 def test_readme_that_is_no_text(full: Bench, capsys: pytest.CaptureFixture[str]) -> None:

@@ -194,6 +194,23 @@ def test_a_store_that_was_never_there_gets_the_whole_run_later(tracked, client, 
     assert [file.path for file in client.list_artifacts(found.info.run_id)] == ["config.yaml"]
 
 
+@pytest.mark.parametrize("away", [False, True])
+def test_a_run_whose_end_waits_in_the_journal_is_not_trained_again(train, tracked, client, monkeypatch, away):
+    run = tracked.runs()[0]
+    monkeypatch.setattr("fwp_lightning.tracking.deliver", raises(RuntimeError("the server is gone")))
+    assert train(run).status == "complete"
+    if not away:
+        monkeypatch.undo()
+    monkeypatch.setattr("fwp_lightning.sweep.training.fit", raises(AssertionError("trained again")))
+    assert train(run).status == "done before"
+    monkeypatch.undo()
+    # at the second start already, unless the store was still away
+    assert (outcomes(client)[run.run_key] == "complete") is not away
+    assert deliver_journals(client, tracked.project) == away
+    assert outcomes(client) == {run.run_key: "complete"}
+    assert len(points(client, stored(client)[0].info.run_id)) == 12
+
+
 def test_a_store_that_comes_back_is_tried_again_after_a_while(recorder, client, clock):
     recorder.start()
     recorder.client = Refusing()

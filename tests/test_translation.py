@@ -565,15 +565,6 @@ def test_cost_of_the_paper_profile_is_measured_without_corpus_or_gpu(capsys: pyt
     assert "belongs to --dry-run" in capsys.readouterr().err
 
 
-@needs_fairseq
-def test_rows_with_a_comma_in_parentheses_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sweep", "table1", "--dry-run", "--rows", "Performer (m = 192, Table 6),Linear"]) == 0
-    shown = capsys.readouterr().out
-    assert "table1/Performer (m = 192, Table 6)/seed1" in shown
-    assert "table1/Linear/seed1" in shown
-    assert "\n2 runs, " in shown
-
-
 def test_table_has_the_papers_rows_its_table_6_and_ours() -> None:
     runs = resolve_runs(load_experiment("table1", Project(ROOT)), profile="paper")
     sizes = {run.row: run.config["model"]["init_args"]["attention"] for run in runs}

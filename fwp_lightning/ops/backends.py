@@ -175,13 +175,12 @@ def _check_fit(given: dict[str, Tensor], causal: bool, n_features: int | None) -
     n_features = size if n_features is None else n_features
     n_queries = t if causal or q is None or q.dim() != 4 else q.shape[1]
     d_value = 0 if v is None else v.shape[-1]
-    expected = {"q": (b, n_queries, h, size), "v": (b, t, h, d_value), "k": tuple(k.shape)}
+    expected = {"q": (b, n_queries, h, size), "v": (b, t, h, d_value), "k": k.shape}
     expected |= {"state": (b, h, n_features, d_value), "z": (b, h, n_features)}
-    gates = {name: (b, t, h) for name in given if name not in expected}
-    expected = {name: shape for name, shape in (expected | gates).items() if name in given}
-    for name, shape in expected.items():
-        tensor = given[name]
-        if tuple(tensor.shape) != shape:
+    for name, tensor in given.items():
+        # the others are gates
+        shape = expected.get(name, (b, t, h))
+        if tensor.shape != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; k {tuple(k.shape)} asks for {shape}")
         if tensor.device != k.device:
             raise ValueError(f"{name} is on {tensor.device} but k is on {k.device}; move them to one device")

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from fwp_lightning import compiled
 from fwp_lightning.ops import chunked
-from fwp_lightning.ops.first_order import first_order
+from fwp_lightning.ops.operators import CompiledRule, Tensors
 
 KERNEL = "recurrence.cu"
 # of these float16 is widened to float32 beforehand
@@ -31,7 +29,13 @@ def why_not(k: Tensor) -> str | None:
         return f"backend 'cuda' has no {k.dtype}; give it float32 or half precision, or choose chunked"
     if not 1 <= k.shape[-1] <= MOST_KEYS:
         return f"K={k.shape[-1]} is outside the 1 to {MOST_KEYS} of backend 'cuda'; choose chunked"
-    return why_no_kernel(k.device)
+    return _why_no_kernel(k.device)
+
+
+@torch.compiler.assume_constant_result
+def _why_no_kernel(device: torch.device) -> str | None:
+    # a tracer looks through a cache, and would see a compiler at work
+    return why_no_kernel(device)
 
 
 @functools.cache
@@ -73,7 +77,7 @@ def delta_rule(
 def _apply(
     q: Tensor | None, k: Tensor, v: Tensor, beta: Tensor | None, state: Tensor | None
 ) -> tuple[Tensor | None, Tensor]:
-    o, last = _Recurrence.apply(q, k, v, beta, state)
+    o, last = RULE((), q, k, v, beta, state)
     return (None if q is None else o), last
 
 
@@ -85,44 +89,54 @@ class _Problem(ctypes.Structure):
     ]
 
 
-class _Recurrence(Function):
-    """The state is float32 whatever the other tensors are."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor | None, k: Tensor, v: Tensor, beta: Tensor | None, state: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        inputs = [compiled.dense(x) for x in (q, k, v, beta, state)]
-        (b, t, h, n_features), d_value = k.shape, v.shape[-1]
-        o = k.new_empty((b, t, h, d_value) if q is not None else 0)
-        errors = k.new_empty((b, t, h, d_value) if beta is not None else 0, dtype=torch.float32)
-        last = k.new_empty((b, h, n_features, d_value), dtype=torch.float32)
-        _launch("forward", inputs, o, errors, last)
-        ctx.save_for_backward(*inputs, errors)
-        return o, last
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad_o: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, errors = ctx.saved_tensors
-        q, k, v, beta, state = inputs
-        grad_k, grad_v, grad_state = torch.empty_like(k), torch.empty_like(v), torch.empty_like(grad_last).contiguous()
-        grad_q = None if q is None else torch.empty_like(k)
-        grad_beta = None if beta is None else torch.empty_like(beta)
-        # half of grad_k in float32, until the other half is known
-        partial = grad_k if beta is None or k.dtype == torch.float32 else torch.empty_like(k, dtype=torch.float32)
-        received = torch.empty_like(errors)
-        kept = (errors, compiled.dense(grad_o), compiled.dense(grad_last), received, partial)
-        _launch("backward", inputs, *kept, grad_q, grad_k, grad_v, grad_beta, grad_state)
-        return grad_q, grad_k, grad_v, grad_beta, None if state is None else grad_state
+def _allocate(inputs: Tensors, *, keep: bool) -> Tensors:
+    """Return outputs, last state and errors; the last two are float32 whatever the other tensors are."""
+    q, k, v, beta, _ = inputs
+    b, _, h, n_features = k.shape
+    o = None if q is None else torch.empty_like(v)
+    last = k.new_empty((b, h, n_features, v.shape[-1]), dtype=torch.float32)
+    # the delta rule's kernel writes them whether or not a backward pass follows
+    errors = None if beta is None else torch.empty_like(v, dtype=torch.float32)
+    return [o, last, errors]
 
 
-def _launch(direction: str, inputs: list[Tensor | None], *buffers: Tensor | None) -> None:
+def _forward(inputs: Tensors, outputs: Tensors) -> None:
+    o, last, errors = outputs
+    _launch("forward", inputs, o, errors, last)
+
+
+def _backward(inputs: Tensors, saved: Tensors, incoming: Tensors) -> Tensors:
+    (_, k, v, beta, state), (errors,), (grad_o, grad_last) = inputs, saved, incoming
+    b, _, h, n_features = k.shape
+    grad_o = torch.zeros_like(v) if grad_o is None else grad_o
+    if grad_last is None:
+        grad_last = k.new_zeros((b, h, n_features, v.shape[-1]), dtype=torch.float32)
+    *gradients, _ = (None if x is None else torch.empty_like(x) for x in inputs)
+    grad_state = torch.empty_like(grad_last)
+    grad_k = gradients[1]
+    # half of grad_k in float32, until the other half is known
+    partial = grad_k if beta is None or k.dtype == torch.float32 else torch.empty_like(k, dtype=torch.float32)
+    received = None if beta is None else torch.empty_like(v, dtype=torch.float32)
+    _launch("backward", inputs, errors, grad_o, grad_last, received, partial, *gradients, grad_state)
+    return [*gradients, None if state is None else grad_state]
+
+
+def _launch(direction: str, inputs: Tensors, *buffers: Tensor | None) -> None:
     _, k, v, *_ = inputs
-    assert k is not None
-    assert v is not None
     device, stream = (k.device.index, torch.cuda.current_stream(k.device).cuda_stream) if k.is_cuda else (0, 0)
     problem = _Problem(*k.shape, v.shape[-1], device, *(None if x is None else x.data_ptr() for x in inputs))
     # the kernel makes that device the current one; here it becomes again what it was
     with torch.cuda.device_of(k):
         compiled.launch(KERNEL, direction, k.dtype, problem, *buffers, stream=stream)
+
+
+RULE = CompiledRule(
+    "cuda_recurrence",
+    "CUDA",
+    inputs="Tensor? q, Tensor k, Tensor v, Tensor? beta, Tensor? state",
+    results=("o", "last"),
+    saved=("errors",),
+    allocate=_allocate,
+    forward=_forward,
+    backward=_backward,
+)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from fwp_lightning import compiled
 from fwp_lightning.ops import chunked, reference
-from fwp_lightning.ops.first_order import first_order
+from fwp_lightning.ops.operators import CompiledRule, Tensors, why_unavailable
 
 KERNEL = "recurrence"
 _DTYPES = (torch.float32, torch.float64)
@@ -64,12 +62,7 @@ def why_not(k: Tensor) -> str | None:
         return f"backend 'cpu' cannot compute on {k.device}; choose chunked or auto"
     if reference.state_dtype(k.dtype) not in _DTYPES:
         return f"backend 'cpu' has no {k.dtype}; give it float32 or float64, or choose chunked"
-    return _why_unavailable()
-
-
-@torch.compiler.assume_constant_result
-def _why_unavailable() -> str | None:
-    return compiled.why_unavailable(KERNEL)
+    return why_unavailable(KERNEL)
 
 
 def sum_rule(
@@ -106,12 +99,7 @@ def fused(
 
     Without ``beta`` it is the sum rule. Tensors must fit together; ``ops.fused_rule`` checks them.
     """
-    inputs = (q, k, v, beta, state, z)
-    if torch.compiler.is_compiling() or type(k) not in (Tensor, torch.nn.Parameter):
-        # a tracer sees one operator; otherwise the shorter way: the dispatcher costs as much again as autograd
-        o, last, last_z, *_ = torch.ops.fwp_lightning.recurrence(*inputs, memory.flags(), memory.eps())
-    else:
-        o, last, last_z = _Recurrence.apply(memory.flags(), memory.eps(), *inputs)
+    o, last, last_z = RULE((memory.flags(), memory.eps()), q, k, v, beta, state, z)
     return (None if q is None else o), last, (last_z if memory.attention_norm == "readout" else None)
 
 
@@ -125,125 +113,57 @@ class _Problem(ctypes.Structure):
     ]
 
 
-def _problem(k: Tensor, v: Tensor, beta: Tensor | None, flags: list[int], eps: list[float]) -> _Problem:
+def _problem(inputs: Tensors, flags: list[int], eps: list[float]) -> _Problem:
+    _, k, v, beta, *_ = inputs
     b, t, h, size = k.shape
     feature_map, nu, normalise_features, normalise_readout = flags
-    n_features = 2 * size * nu if feature_map == _MAPS["dpfp"] else size
     threads = max(1, min(torch.get_num_threads(), b * h))
-    sizes = (b, t, h, n_features, v.shape[-1], beta is not None, threads)
+    sizes = (b, t, h, _n_features(size, flags), v.shape[-1], beta is not None, threads)
     return _Problem(*sizes, feature_map, nu, size, normalise_features, normalise_readout, *eps)
 
 
-def _forward(inputs: list[Tensor | None], flags: list[int], eps: list[float], *, keep: bool) -> tuple[Tensor, ...]:
-    """Return outputs, last state, last z, and for the backward pass errors and scales; what does not exist is empty."""
-    q, k, v, beta, *_ = inputs = [compiled.dense(x) for x in inputs]
-    assert k is not None
-    assert v is not None
-    problem = _problem(k, v, beta, flags, eps)
-    b, t, h, _ = k.shape
-    none = v.new_empty(0)
-    o = none if q is None else torch.empty_like(v)
-    errors = torch.empty_like(v) if keep and beta is not None else none
-    last, last_z, scale = v.new_empty(b, h, problem.keys, problem.values), none, none
-    if problem.normalise_readout:
-        last_z = v.new_empty(b, h, problem.keys)
-        scale = none if q is None else v.new_empty(b, t, h)
-    compiled.call(KERNEL, "forward", k.dtype, problem, *inputs, o, errors, scale, last, last_z)
-    return o, last, last_z, errors, scale
+def _n_features(size: int, flags: list[int]) -> int:
+    return 2 * size * flags[1] if flags[0] == _MAPS["dpfp"] else size
 
 
-def _backward(
-    inputs: list[Tensor | None], saved: list[Tensor], incoming: list[Tensor | None], flags: list[int], eps: list[float]
-) -> list[Tensor | None]:
-    """Return gradients of q, k, v, beta, state and z; ``saved`` are outputs, errors and scales."""
-    q, k, v, beta, *_ = inputs = [compiled.dense(x) for x in inputs]
-    assert k is not None
-    assert v is not None
-    grad_o, *grad_states = (compiled.dense(x) for x in incoming)
+def _allocate(inputs: Tensors, flags: list[int], eps: list[float], *, keep: bool) -> Tensors:
+    """Return outputs, last state, last z, and for the backward pass errors and scales."""
+    q, k, v, beta, *_ = inputs
+    b, t, h, size = k.shape
+    n_features = _n_features(size, flags)
+    o = None if q is None else torch.empty_like(v)
+    errors = torch.empty_like(v) if keep and beta is not None else None
+    last, last_z, scale = v.new_empty(b, h, n_features, v.shape[-1]), None, None
+    if flags[3]:
+        last_z = v.new_empty(b, h, n_features)
+        scale = None if q is None else v.new_empty(b, t, h)
+    return [o, last, last_z, errors, scale]
+
+
+def _forward(inputs: Tensors, outputs: Tensors, flags: list[int], eps: list[float]) -> None:
+    o, last, last_z, errors, scale = outputs
+    compiled.call(KERNEL, "forward", last.dtype, _problem(inputs, flags, eps), *inputs, o, errors, scale, last, last_z)
+
+
+def _backward(inputs: Tensors, saved: Tensors, incoming: Tensors, flags: list[int], eps: list[float]) -> Tensors:
+    q, _, v, *_ = inputs
+    grad_o, *grad_states = incoming
     if grad_o is None and q is not None:
         grad_o = torch.zeros_like(v)
     gradients = [None if x is None else torch.empty_like(x) for x in inputs]
-    problem = _problem(k, v, beta, flags, eps)
-    compiled.call(KERNEL, "backward", k.dtype, problem, *inputs, *saved, grad_o, *grad_states, *gradients)
+    problem = _problem(inputs, flags, eps)
+    compiled.call(KERNEL, "backward", v.dtype, problem, *inputs, *saved, grad_o, *grad_states, *gradients)
     return gradients
 
 
-class _Recurrence(Function):
-    @staticmethod
-    def forward(ctx: Any, flags: list[int], eps: list[float], *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        o, last, last_z, errors, scale = _forward(list(inputs), flags, eps, keep=any(ctx.needs_input_grad))
-        ctx.options = flags, eps
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, o, errors, scale)
-        return o, last, last_z
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        return (None, None, *_backward(list(tensors[:6]), list(tensors[6:]), list(incoming), *ctx.options))
-
-
-# --- as an operator that tracers know -------------------------------------------------------------------------------
-
-_LIBRARY = torch.library.Library("fwp_lightning", "DEF")
-_INPUTS = "Tensor? q, Tensor k, Tensor v, Tensor? beta, Tensor? state, Tensor? z"
-_OPTIONS = "int[] flags, float[] eps"
-_LIBRARY.define(
-    f"recurrence({_INPUTS}, {_OPTIONS}) -> (Tensor o, Tensor last, Tensor last_z, Tensor errors, Tensor scale)"
+RULE = CompiledRule(
+    "recurrence",
+    "CPU",
+    inputs="Tensor? q, Tensor k, Tensor v, Tensor? beta, Tensor? state, Tensor? z",
+    options="int[] flags, float[] eps",
+    results=("o", "last", "last_z"),
+    saved=("o", "errors", "scale"),
+    allocate=_allocate,
+    forward=_forward,
+    backward=_backward,
 )
-_LIBRARY.define(
-    f"recurrence_backward({_INPUTS}, Tensor o, Tensor errors, Tensor scale, Tensor? grad_o, Tensor? grad_last, "
-    f"Tensor? grad_last_z, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-
-
-def _operator(*arguments: Any) -> tuple[Tensor, ...]:
-    *inputs, flags, eps = arguments
-    # what does not exist is one empty tensor, but results of an operator must not be the same tensor
-    return tuple(x if x.numel() else x.new_empty(x.shape) for x in _forward(inputs, flags, eps, keep=True))
-
-
-def _operator_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    *tensors, flags, eps = arguments
-    gradients = _backward(tensors[:6], tensors[6:9], tensors[9:], flags, eps)
-    return tuple(tensors[1].new_empty(0) if x is None else x for x in gradients)
-
-
-def _operator_shapes(*arguments: Any) -> tuple[Tensor, ...]:
-    q, k, v, beta, _, _, (feature_map, nu, _, normalise_readout), _ = arguments
-    b, t, h, size = k.shape
-    n_features = 2 * size * nu if feature_map == _MAPS["dpfp"] else size
-    shapes = [
-        v.shape if q is not None else (0,),
-        (b, h, n_features, v.shape[-1]),
-        (b, h, n_features) if normalise_readout else (0,),
-        v.shape if beta is not None else (0,),
-        (b, t, h) if normalise_readout and q is not None else (0,),
-    ]
-    return tuple(v.new_empty(shape) for shape in shapes)
-
-
-def _operator_backward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(arguments[1].new_empty(0 if x is None else x.shape) for x in arguments[:6])
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, flags, eps = inputs
-    o, _, _, errors, scale = output
-    ctx.options = flags, eps
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, o, errors, scale)
-
-
-def _gradients(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
-    found = torch.ops.fwp_lightning.recurrence_backward(*tensors, *incoming[:3], *ctx.options)
-    return (*(None if x is None else g for x, g in zip(tensors[:6], found, strict=True)), None, None)
-
-
-_LIBRARY.impl("recurrence", _operator, "CPU")
-_LIBRARY.impl("recurrence_backward", _operator_backward, "CPU")
-torch.library.register_fake("fwp_lightning::recurrence", _operator_shapes, lib=_LIBRARY)
-torch.library.register_fake("fwp_lightning::recurrence_backward", _operator_backward_shapes, lib=_LIBRARY)
-torch.library.register_autograd("fwp_lightning::recurrence", _gradients, setup_context=_keep, lib=_LIBRARY)

@@ -28,7 +28,7 @@ from fwp_lightning.results import (
 from fwp_lightning.results_csv import DONE
 from fwp_lightning.slurm import Resources
 from fwp_lightning.sweep.progress import Display, console, display_for, duration, rows_table
-from fwp_lightning.sweep.workers import Outcome, Pool, Settings, Worker, import_file
+from fwp_lightning.sweep.workers import Outcome, Pool, Refusal, Settings, Worker, import_file
 from fwp_lightning.tracking import (
     Origin,
     close_dead_runs,
@@ -114,14 +114,18 @@ def rows_to_check(pending: Iterable[Run]) -> list[Run]:
     return list({(run.experiment, run.row): run for run in pending}.values())
 
 
-def refuse_rows(problems: Sequence[str]) -> None:
-    """Raise ``UserError`` if there are rows that cannot be built, one a line."""
-    # a mistake in the base configuration is one, however many rows have it
-    different = sorted(set(problems))
-    if len(different) > 1:
-        raise UserError("\n  ".join([f"{len(different)} rows cannot be built:", *different]))
-    if different:
-        raise UserError(different[0])
+def refuse_rows(refusals: Iterable[Refusal]) -> None:
+    """Raise ``UserError`` if there are rows that cannot be built, one reason a line."""
+    # a mistake in the base configuration is one, however many rows have it, and so is what a machine lacks
+    places: dict[str, list[str]] = {}
+    for refusal in sorted(set(refusals)):
+        places.setdefault(refusal.reason, []).append(refusal.place)
+    n_rows = sum(map(len, places.values()))
+    told = [f"{first}{f' and {len(more)} more' if more else ''}: {reason}" for reason, (first, *more) in places.items()]
+    if len(told) > 1:
+        raise UserError("\n  ".join([f"{n_rows} rows cannot be built:", *told]))
+    if told:
+        raise UserError(told[0])
 
 
 def check_rows_here(pending: Iterable[Run], imports: Iterable[str]) -> None:
@@ -130,7 +134,7 @@ def check_rows_here(pending: Iterable[Run], imports: Iterable[str]) -> None:
 
     for name in imports:
         import_file(name)
-    refuse_rows([problem for run in rows_to_check(pending) if (problem := check_run(run))])
+    refuse_rows([refusal for run in rows_to_check(pending) if (refusal := check_run(run))])
 
 
 def show_plan(runs: Iterable[Run], project: Project, jobs: int | None, imports: Iterable[str] = ()) -> None:
@@ -369,7 +373,7 @@ class LocalSweep(Sweep):
     def _check_rows(self) -> None:
         """Build every row on the meta device; rows that cannot be built end the sweep before anything trains."""
         to_check = rows_to_check(self.plan.pending)
-        problems: list[str] = []
+        refusals: list[Refusal] = []
         while self.signal is None and (to_check or self.pool.busy()):
             for worker in self.pool.idle():
                 if to_check:
@@ -379,10 +383,10 @@ class LocalSweep(Sweep):
                     raise UserError(str(content) if kind == "broken" else f"a worker died at its start ({content})")
                 if kind == "checked":
                     worker.run = None
-                    problems.extend([content] if content else [])
+                    refusals.extend([content] if content else [])
             if not self.pool.busy() and not self.pool.workers:
                 raise UserError("no worker is left")
-        refuse_rows(problems)
+        refuse_rows(refusals)
 
     def _hand_out(self) -> None:
         """Give every idle worker the longest run that nobody else trains."""

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 from fwp_lightning import slurm
 from fwp_lightning.errors import UserError, sentence_of
 from fwp_lightning.experiment import Project, Run
-from fwp_lightning.results import StoredRun, read_store
+from fwp_lightning.results import StoredRun, counted, read_store
 from fwp_lightning.results_csv import DONE
 from fwp_lightning.slurm import Job, Resources, job_of_this_process, jobs_in_queue, read_job, write_job
 from fwp_lightning.sweep import Plan, Sweep, check_rows_here
 from fwp_lightning.sweep.progress import Display
 from fwp_lightning.sweep.workers import WORKER_ENVIRONMENT, Outcome, Settings, import_file, prepare_torch
-from fwp_lightning.tracking import deliver_journals, experiment_id, is_of_store, open_store
+from fwp_lightning.tracking import deliver_journals, experiment_id, is_of_store, open_store, store_sentence
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -126,6 +126,7 @@ class SlurmSweep(Sweep):
         self.project = settings.project
         self._submitit = load_submitit()
         self._jobs: dict[str, Job] = {}
+        self._store_is_away = False
 
     def stop(self, number: int, _: Any = None) -> None:
         """End the watch; the jobs stay."""
@@ -217,19 +218,30 @@ class SlurmSweep(Sweep):
         self._show([self._by_key[key] for key in running], left, max(1, len(running)), 0.0)
 
     def _take_in(self, gone: Sequence[str], client: MlflowClient) -> None:
-        deliver_journals(client, self.project)
         try:
+            # journals are not offered, run by run, to a store that is away
+            client.search_experiments(max_results=1)
+            deliver_journals(client, self.project)
             stored = {run.run_key: run for run in read_store(client)}
         except Exception as error:
             if not is_of_store(error):
                 raise
-            # a server that is away is asked again with the next look
+            self._await_store(error, len(gone))
             return
+        self._store_is_away = False
         for key in gone:
             job = self._jobs.pop(key)
             self._note(self._by_key[key], self._outcome(key, job, stored.get(key)))
             for pickle in (self.project.runs / "slurm").glob(f"{job.id}_*.pkl"):
                 pickle.unlink(missing_ok=True)
+
+    def _await_store(self, error: Exception, n_gone: int) -> None:
+        """Say once that the store is away; it is asked again with every look, and training needs none."""
+        if not self._store_is_away:
+            self._store_is_away = True
+            assert self._display is not None
+            why = store_sentence(self.project, error).rstrip(".")
+            self._display.line(f"{why}; it is asked again how {counted(n_gone, 'job')} ended")
 
     def _outcome(self, key: str, job: Job, found: StoredRun | None) -> Outcome:
         """Return how a run ended whose job is no longer in the queue."""

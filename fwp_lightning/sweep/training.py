@@ -39,7 +39,7 @@ from fwp_lightning.experiment import CHECKPOINT_SECONDS, Config, Project, Run
 from fwp_lightning.peak_memory import peak_memory_mb, reset_peak_memory
 from fwp_lightning.registry import did_you_mean
 from fwp_lightning.sweep.ranks import Ranks, other_processes, refuse_devices
-from fwp_lightning.sweep.workers import Outcome, Settings
+from fwp_lightning.sweep.workers import Outcome, Refusal, Settings
 from fwp_lightning.tasks.processes import gather
 from fwp_lightning.tracking import (
     Origin,
@@ -100,18 +100,18 @@ class RunCLI(LightningCLI):
         return self._instantiate_trainer(config, self.own_callbacks)
 
 
-def check_run(run: Run) -> str | None:
+def check_run(run: Run) -> Refusal | None:
     """Build a run's data and model on the meta device; return what is wrong with its configuration, None if nothing."""
     place = f"{run.experiment}, row {run.row!r}" + (f", {run.point}" if run.point else "")
     try:
         if problem := unknown_key(run.config) or missing_devices(run.config["trainer"]):
-            return f"{run.base_file or place}: {problem}"
+            return Refusal(run.base_file or place, problem)
         with quiet_lightning():
             cli = RunCLI(run.config, {"logger": False, "plugins": [Ranks()], **SILENT_TRAINER}, [])
             refuse_devices(run.config, cli.trainer)
             build_on_meta(cli.model, cli.datamodule)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - any exception here is a row that cannot run
-        return f"{place}: {first_cause(error)}"
+        return Refusal(place, first_cause(error))
     return None
 
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from fwp_lightning.errors import UserError, sentence_of
 from fwp_lightning.experiment import CHECKPOINT_SECONDS, Project, Run
@@ -42,6 +42,14 @@ class Settings:
     project: Project
     origin: Origin
     checkpoint_seconds: float = CHECKPOINT_SECONDS
+
+
+class Refusal(NamedTuple):
+    """Why a row cannot be built."""
+
+    place: str
+    """The experiment and its row, or the file of the base configuration whose mistake it is."""
+    reason: str
 
 
 @dataclass(frozen=True)

@@ -38,14 +38,18 @@ template <class Real> void forward(const Problem<Real> &p, Real *o, Real *last, 
     });
 }
 
+// grad_last null: zero
 template <class Real>
 void backward(const Problem<Real> &p, const Real *kept, const Real *grad_o, const Real *grad_last, Real *grad_q, Real *grad_k,
               Real *grad_v, Real *grad_beta, Real *grad_state, Real *scratch) {
     const int64_t per_head = fwm_kept_numbers(p.sequence(0));
     for_each_head(p, scratch, [&](int64_t i, Real *own) {
-        const FwmGradients<Real> grad = {grad_last + i * p.cells(),  p.rows(grad_o, i, p.values),
-                                         p.rows(grad_k, i, p.keys),  p.rows(grad_v, i, p.values),
-                                         p.rows(grad_beta, i, 1),    p.rows(grad_q, i, p.keys),
+        const FwmGradients<Real> grad = {grad_last ? grad_last + i * p.cells() : nullptr,
+                                         p.rows(grad_o, i, p.values),
+                                         p.rows(grad_k, i, p.keys),
+                                         p.rows(grad_v, i, p.values),
+                                         p.rows(grad_beta, i, 1),
+                                         p.rows(grad_q, i, p.keys),
                                          grad_state ? grad_state + i * p.cells() : nullptr};
         fwm_backward(p.sequence(i), kept + i * per_head, grad, own);
     });
