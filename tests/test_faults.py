@@ -39,7 +39,7 @@ from fwp_lightning.sweep.training import Circumstances, train_run
 from fwp_lightning.sweep.workers import import_file, prepare_torch
 from fwp_lightning.tracking import Origin, close_dead_runs, deliver_journals, open_store, read_journal
 
-# against hanging alone: a machine whose two cores others load tenfold took ten times as long as an idle one
+# against hanging alone: on two cores that others loaded tenfold, two minutes of processor time took half an hour
 HANGING_SECONDS = 900.0
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(4 * HANGING_SECONDS)]
 
