@@ -44,8 +44,8 @@ Point = tuple[str, str, int, float]  # split, metric, step, value
 # columns that hold a metric of the MLflow run, the others are its tags
 MEASURED_COLUMNS = ("wall_seconds", "steps", "tokens", "peak_memory_mb")
 PLACE = ("experiment", "row", "point", "seed", "profile", "protocol")
-# derived from the curves, for MLflow's table
-SUMMARY_SPLITS = ("final", "best")
+# derived from the curves, for MLflow's table, and the machine's load, for its page of system metrics
+NO_CURVES = ("final", "best", "system")
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def read_points(client: MlflowClient, run_ids: Sequence[str]) -> dict[str, list[
     latest: dict[str, dict[tuple[str, str, int], tuple[int, float]]] = defaultdict(dict)
     for run_id, key, step, at, value in _history(client, run_ids):
         split, slash, metric = key.partition("/")
-        if not slash or split in SUMMARY_SPLITS:
+        if not slash or split in NO_CURVES:
             continue
         place = (split, metric, step)
         if place not in latest[run_id] or latest[run_id][place][0] <= at:

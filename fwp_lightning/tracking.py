@@ -47,7 +47,7 @@ RETRY_SECONDS = 30.0  # doubled with every further refusal
 LONGEST_RETRY_SECONDS = 300.0
 # what MLflow takes in one call
 BATCH_POINTS, BATCH_PARAMS, BATCH_TAGS = 1000, 100, 100
-LONGEST_PARAM, LONGEST_TAG = 500, 4900
+LONGEST_PARAM, LONGEST_TAG, LONGEST_DIGEST = 500, 4900, 36
 LOCK_SECONDS = 120
 # opens the runs of an experiment in MLflow's pages on training, not in those on language model applications
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
@@ -502,6 +502,11 @@ class RunRecorder:
         """Keep a text as an artifact with the next delivery."""
         self._queue.append({"op": "text", "name": name, "text": redacted(text)})
 
+    def log_dataset(self, name: str, digest: str, source: str) -> None:
+        """Name the data that the run trains on with the next delivery; ``source`` is a text that says where from."""
+        dataset = {"name": name, "digest": digest[:LONGEST_DIGEST], "source": redacted(source)}
+        self._queue.append({"op": "dataset", "dataset": dataset})
+
     def flush_if_old(self) -> None:
         """Deliver what waits if the last delivery is 5 s old."""
         if self._clock() - self._last_flush >= FLUSH_SECONDS:
@@ -611,8 +616,8 @@ def deliver(client: MlflowClient, run_id: str, operations: Iterable[Operation]) 
                 params |= operation["params"]
             case "tags":
                 tags |= operation["tags"]
-            case "text":
-                client.log_text(run_id, operation["text"], operation["name"])
+            case "text" | "dataset":
+                _record(client, run_id, operation)
             case "status":
                 # the run ended then, however late the store hears of it
                 status, ended = operation["status"], operation.get("at")
@@ -626,6 +631,17 @@ def deliver(client: MlflowClient, run_id: str, operations: Iterable[Operation]) 
         client.set_terminated(run_id, status, end_time=ended)
     for batch in _batches([RunTag(key, value) for key, value in tags.items()], BATCH_TAGS):
         client.log_batch(run_id, tags=batch)
+
+
+def _record(client: MlflowClient, run_id: str, operation: Operation) -> None:
+    """Record a text or a dataset, which is there once however often."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    if operation["op"] == "text":
+        client.log_text(run_id, operation["text"], operation["name"])
+        return
+    dataset = Dataset(**operation["dataset"], source_type="fwp_lightning")
+    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
 
 def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:

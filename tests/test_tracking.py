@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from fwp_lightning.errors import UserError
-from fwp_lightning.experiment import Project
+from fwp_lightning.experiment import Project, sha256_of
 from fwp_lightning.results import outcomes, read_points
+from fwp_lightning.sweep.system_metrics import SystemMetrics
 from fwp_lightning.tracking import (
     RunRecorder,
     close_dead_runs,
@@ -139,6 +140,41 @@ def test_the_state_of_the_source_is_known_and_results_do_not_make_it_dirty(tmp_p
 
 
 # --- buffering
+
+
+def test_a_run_names_its_data_and_the_machines_load(train, tracked, client):
+    (run,) = tracked.runs(rows=["plain"])[:1]
+    train(run)
+    (found,) = stored(client)
+    (data,) = found.inputs.dataset_inputs
+    assert data.dataset.name == run.config["data"]["class_path"].rpartition(".")[2]
+    assert data.dataset.digest == sha256_of([run.config["data"]])[:36]
+    assert json.loads(data.dataset.source) == run.config["data"]
+    assert {tag.key: tag.value for tag in data.tags} == {"mlflow.data.context": "training"}
+    assert 0 <= found.data.metrics["system/cpu_utilization_percentage"] <= 100
+    assert found.data.metrics["system/system_memory_usage_megabytes"] > 0
+    # no result: other machines have others
+    assert "system" not in {split for split, *_ in read_points(client, [found.info.run_id])[found.info.run_id]}
+
+
+def test_a_dataset_that_is_delivered_twice_is_one(recorder, client):
+    recorder.start()
+    for _ in range(2):
+        recorder.log_dataset("RetrievalData", "d" * 64, "{}")
+        recorder.flush(insist=True)
+    (found,) = stored(client)
+    assert [entry.dataset.digest for entry in found.inputs.dataset_inputs] == ["d" * 36]
+
+
+def test_the_machine_is_looked_at_every_10_seconds(clock):
+    machine = SystemMetrics(clock)
+    assert not machine.look()
+    clock.now += 9.9
+    assert not machine.look()
+    clock.now += 0.1
+    assert machine.look()
+    assert not machine.look()
+    assert machine.look(at_once=True)
 
 
 def test_points_wait_until_500_or_5_seconds(recorder, client, clock):
@@ -362,7 +398,7 @@ def test_the_lock_of_a_run_is_held_by_one(tracked):
 def test_four_processes_on_a_fresh_store_all_succeed(tmp_path):
     code = """
 import sys
-from fwp_lightning.experiment import Project
+from fwp_lightning.experiment import Project, sha256_of
 from fwp_lightning.tracking import RunRecorder, open_store
 project = Project(__import__("pathlib").Path(sys.argv[1]))
 key = sys.argv[2] * 16

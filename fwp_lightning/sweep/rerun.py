@@ -14,7 +14,7 @@ from rich.table import Table
 
 from fwp_lightning.errors import UserError
 from fwp_lightning.experiment import Config, Project, Run, View, load_experiment, resolve_runs
-from fwp_lightning.results import SUMMARY_SPLITS, find_run, format_number, read_artifact, read_points, read_results
+from fwp_lightning.results import NO_CURVES, find_run, format_number, read_artifact, read_points, read_results
 from fwp_lightning.results_csv import Row
 from fwp_lightning.sweep.progress import console
 from fwp_lightning.sweep.training import Circumstances, first_cause, fit, quiet_lightning
@@ -193,8 +193,8 @@ def verdict(then: Curves, now: Curves) -> str:
 
 
 def _shown(curves: Curves) -> Curves:
-    # the summaries repeat values of the curves, and figures without a split are times and sizes
-    return {name: curve for name, curve in curves.items() if name.partition("/")[0] not in (name, *SUMMARY_SPLITS)}
+    # the summaries repeat values of the curves; figures without a split are times and sizes
+    return {name: curve for name, curve in curves.items() if name.partition("/")[0] not in (name, *NO_CURVES)}
 
 
 def _last(curve: Mapping[int, Any]) -> tuple[str, str]:

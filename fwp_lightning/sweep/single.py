@@ -114,7 +114,8 @@ class SingleCLI(LightningCLI):
         config = self._get(self.config_init, "trainer", default={})
         self._check(config)
         self.recorder = self._start_recorder()
-        self.measurements = Measurements(self.recorder)
+        data = json.loads(json.dumps(self.config_dump.get("data") or {}, default=str))
+        self.measurements = Measurements(self.recorder, data)
         callbacks = [
             ExactCheckpoint(self.recorder, seconds=CHECKPOINT_SECONDS, stop=lambda: None),
             self.measurements,

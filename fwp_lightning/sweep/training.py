@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib
 import inspect
+import json
 import logging
 import math
 import os
@@ -35,10 +36,11 @@ from torch import nn
 
 from fwp_lightning.checkpoint_files import read_plain
 from fwp_lightning.errors import RunBusy, RunStopped, UserError, sentence_of
-from fwp_lightning.experiment import CHECKPOINT_SECONDS, Config, Project, Run
+from fwp_lightning.experiment import CHECKPOINT_SECONDS, Config, Project, Run, sha256_of
 from fwp_lightning.peak_memory import peak_memory_mb, reset_peak_memory
 from fwp_lightning.registry import did_you_mean
 from fwp_lightning.sweep.ranks import Ranks, other_processes, refuse_devices
+from fwp_lightning.sweep.system_metrics import SystemMetrics
 from fwp_lightning.sweep.workers import Outcome, Refusal, Settings
 from fwp_lightning.tasks.processes import gather
 from fwp_lightning.tracking import (
@@ -452,11 +454,13 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 class Measurements(Callback):
-    """Takes a run's time, memory and best evaluation; they outlive an interruption with the checkpoint."""
+    """Takes a run's time, memory, best evaluation and the machine's load; the first three outlive an interruption."""
 
-    def __init__(self, recorder: RunRecorder) -> None:
-        """Describe the run to ``recorder`` once it is built."""
+    def __init__(self, recorder: RunRecorder, data: Config) -> None:
+        """Describe the run to ``recorder`` once it is built; ``data`` is the configuration of its data."""
         self.recorder = recorder
+        self.data = data
+        self.system = SystemMetrics()
         self.best: float | None = None
         self.best_step = 0
         self.final: float | None = None
@@ -484,7 +488,20 @@ class Measurements(Callback):
         """Start the clock and record what the configuration does not spell out."""
         self._started = time.monotonic()
         reset_peak_memory()
-        self.recorder.set_tags(describe_task(trainer, pl_module))
+        described = describe_task(trainer, pl_module)
+        self.recorder.set_tags(described)
+        # generated data are known by what they are generated from
+        digest = described["data_sha256"] or sha256_of([self.data])
+        self.recorder.log_dataset(name_of_data(self.data), digest, json.dumps(self.data))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Look at the machine if it is time."""
+        if values := self.system.look():
+            self.recorder.log_points(values, steps_of(trainer, pl_module))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the machine once at least."""
+        self.recorder.log_points(self.system.look(at_once=True), steps_of(trainer, pl_module))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the best and the last evaluation."""
@@ -514,6 +531,15 @@ class Measurements(Callback):
             "tokens": getattr(task, "tokens", None),
         }
         return {key: float(value) for key, value in found.items() if value is not None}
+
+
+def name_of_data(data: Config) -> str:
+    """Return what data are called: their corpus, else their class.
+
+    >>> name_of_data({"class_path": "a.RetrievalData", "init_args": {"n_keys": 20}})
+    'RetrievalData'
+    """
+    return str(data.get("init_args", {}).get("corpus") or data.get("class_path", "").rpartition(".")[2] or "data")
 
 
 def steps_of(trainer: Trainer, task: LightningModule) -> int:
@@ -602,7 +628,7 @@ def fit(run: Run, recorder: RunRecorder, shared: Circumstances, folder: Path, ra
     """Train and test, as one process of several where ``ranks`` says so; return why the run diverged, if it did."""
     ranks = ranks or Ranks()
     checkpoint = ExactCheckpoint(recorder, seconds=shared.checkpoint_seconds, stop=shared.stop)
-    measurements = Measurements(recorder)
+    measurements = Measurements(recorder, run.config["data"])
     own = {"logger": TrackingLogger(recorder), "default_root_dir": str(folder), "plugins": [ranks], **SILENT_TRAINER}
     cli = RunCLI(run.config, own, [checkpoint, measurements, OwnSignals()])
     trainer, task = cli.trainer, cli.model
