@@ -98,10 +98,12 @@ def test_the_tracking_server_is_one_that_mlflow_would_start_for_this_machine_alo
     assert build_parser().parse_args(arguments).jobs == 8
 
 
-def last_and_best(experiment: str, split: str, metric: str) -> dict[tuple[str, str], tuple[float, float]]:
-    """Last and smallest value of a metric by row and point, of seed 1 in the profile short."""
+def last_and_best(
+    experiment: str, split: str, metric: str, seed: int = 1
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """Last and smallest value of a metric by row and point, of one seed in the profile short."""
     runs = pd.read_csv(ROOT / "results" / "runs.csv", keep_default_na=False)
-    runs = runs[(runs.experiment == experiment) & (runs.profile == "short") & (runs.seed == 1)]
+    runs = runs[(runs.experiment == experiment) & (runs.profile == "short") & (runs.seed == seed)]
     metrics = pd.read_csv(ROOT / "results" / "metrics.csv")
     metrics = metrics[(metrics.split == split) & (metrics.metric == metric)].merge(runs, on="run_key")
     curves = metrics.sort_values("step").groupby(["row", "point"]).value
@@ -122,10 +124,17 @@ def test_numbers_of_the_audits_are_those_of_the_results() -> None:
     assert f"{best['DPFP-1 delta', 100]:.4f}" == "0.0003"
     assert f"{best['Schlag (2021), LayerNorm no', 100]:.2f}" == "0.22"
     assert f"{best['Schlag (2021) with DPFP-1, LayerNorm no', 100]:.2f}" == "0.50"
-    curves = last_and_best("audit_carried_gradient", "valid", "perplexity")
-    ends = [f"{curves[row, ''][0]:.0f}" for row in CARRIED]
-    assert ends == ["284", "286", "429", "972"]
-    assert "284 and 286; without it the whole gradient ends at 429 and the released one at 972" in text
+    first, second = (last_and_best("audit_carried_gradient", "valid", "perplexity", seed) for seed in (1, 2))
+    whole, released, bare_whole, bare_released = CARRIED
+    ends = [f"{first[row, ''][0]:.0f}" for row in (whole, released)]
+    assert f"at validation perplexities of {' and '.join(ends)}." in text
+    ends = [f"{seed[bare_released, ''][0]:.0f}" for seed in (first, second)]
+    assert f"at {' and '.join(ends)} with seeds 1 and 2" in text
+    assert (
+        f"with seed 1 ({first[bare_whole, ''][0]:.0f}) and not with seed 2 ({second[bare_whole, ''][0]:.0f} at" in text
+    )
+    (last, best) = last_and_best("audit_carried_gradient", "valid", "segment_perplexity", 2)[bare_whole, ""]
+    assert last > 1.2 * best
 
 
 CARRIED = (
