@@ -47,7 +47,9 @@ RETRY_SECONDS = 30.0  # doubled with every further refusal
 LONGEST_RETRY_SECONDS = 300.0
 # what MLflow takes in one call
 BATCH_POINTS, BATCH_PARAMS, BATCH_TAGS = 1000, 100, 100
-LONGEST_PARAM, LONGEST_TAG, LONGEST_DIGEST = 500, 4900, 36
+LONGEST_PARAM, LONGEST_TAG = 500, 4900
+# of a hash, in MLflow's lists; the tag data_sha256 has the whole
+SHOWN_DIGEST = 12
 LOCK_SECONDS = 120
 # opens the runs of an experiment in MLflow's pages on training, not in those on language model applications
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
@@ -504,7 +506,7 @@ class RunRecorder:
 
     def log_dataset(self, name: str, digest: str, source: str) -> None:
         """Name the data that the run trains on with the next delivery; ``source`` is a text that says where from."""
-        dataset = {"name": name, "digest": digest[:LONGEST_DIGEST], "source": redacted(source)}
+        dataset = {"name": name, "digest": digest[:SHOWN_DIGEST], "source": redacted(source)}
         self._queue.append({"op": "dataset", "dataset": dataset})
 
     def flush_if_old(self) -> None:

@@ -123,8 +123,13 @@ def test_runs_are_listed_grouped_charted_and_compared(
     page.screenshot(pictures / "compared.png")
 
     page.open(f"{ui}/experiments/{home}/runs/{first.run_id}")
-    page.wait_for_texts(names[0], "Finished", "final/valid_loss", "attention.kind", "config_sha256", "fwp sweep toy")
+    said = page.wait_for_texts(names[0], "Finished", "final/valid_loss", "attention.kind", "config_sha256", "ToyData")
+    assert "fwp sweep toy" in said
     page.screenshot(pictures / "run.png")
+
+    page.open(f"{ui}/experiments/{home}/runs/{first.run_id}/system-metrics")
+    page.wait_for_texts("cpu_utilization_percentage", "system_memory_usage_megabytes")
+    page.screenshot(pictures / "system.png")
 
     page.open(f"{ui}/experiments/{home}/runs")
     page.wait_for_texts("6 matching runs")

@@ -148,7 +148,7 @@ def test_a_run_names_its_data_and_the_machines_load(train, tracked, client):
     (found,) = stored(client)
     (data,) = found.inputs.dataset_inputs
     assert data.dataset.name == run.config["data"]["class_path"].rpartition(".")[2]
-    assert data.dataset.digest == sha256_of([run.config["data"]])[:36]
+    assert data.dataset.digest == sha256_of([run.config["data"]])[:12]
     assert json.loads(data.dataset.source) == run.config["data"]
     assert {tag.key: tag.value for tag in data.tags} == {"mlflow.data.context": "training"}
     assert 0 <= found.data.metrics["system/cpu_utilization_percentage"] <= 100
@@ -163,7 +163,7 @@ def test_a_dataset_that_is_delivered_twice_is_one(recorder, client):
         recorder.log_dataset("RetrievalData", "d" * 64, "{}")
         recorder.flush(insist=True)
     (found,) = stored(client)
-    assert [entry.dataset.digest for entry in found.inputs.dataset_inputs] == ["d" * 36]
+    assert [entry.dataset.digest for entry in found.inputs.dataset_inputs] == ["d" * 12]
 
 
 def test_the_machine_is_looked_at_every_10_seconds(clock):
