@@ -270,7 +270,8 @@ def _of_pair(claims: Claims, claim: Claim, pair: Comparison, cells: Cells) -> De
         return _of_diverged(name, gains)
     interval = _student(gains, claims.confidence)
     shown = _as_ratios(interval) if claim.scale == "ratio" else interval
-    text = f"{name}: {wording.number(shown.estimate)} ({_range(shown)})"
+    threshold = f", where more than {wording.number(claim.margin)} is asked for" if claim.margin else ""
+    text = f"{name}: {wording.number(shown.estimate)} ({_range(shown)}){threshold}"
     return Decision(*_decide(interval, _limit(claim), text), shown)
 
 
