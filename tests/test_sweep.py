@@ -151,7 +151,7 @@ def test_rows_are_built_on_the_meta_device_and_complaints_name_the_row(tracked, 
     tracked.edit("toy", "nu: 2", "nu: 10")
     steep, plain = tracked.runs(rows=["steep"])[0], tracked.runs(rows=["plain"])[0]
     assert check_run(plain) is None
-    assert check_run(steep) == "toy, row 'steep', n_keys=2: nu=10 is over 9; choose a smaller one"
+    assert check_run(steep) == ("toy, row 'steep', n_keys=2", "nu=10 is over 9; choose a smaller one")
     tracked.edit("toy", "kind: tanh", "kind: tahn")
     assert "row 'tanh', n_keys=2: unknown map 'tahn'" in check_run(tracked.runs(rows=["tanh"])[0])
 
