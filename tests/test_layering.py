@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "__init__": {"attention", "ops"},
 }
 ONLY_IN = {
-    "mlflow": {"tracking", "results"},
+    "mlflow": {"tracking", "results", "system_metrics"},
     "fairseq": {"translation", "data", "tasks"},
     "matplotlib": set[str](),
 }

@@ -17,7 +17,7 @@ import pytest
 from fwp_lightning.errors import UserError
 from fwp_lightning.experiment import Project, sha256_of
 from fwp_lightning.results import outcomes, read_points
-from fwp_lightning.sweep.system_metrics import SystemMetrics
+from fwp_lightning.system_metrics import SystemMetrics
 from fwp_lightning.tracking import (
     RunRecorder,
     close_dead_runs,
