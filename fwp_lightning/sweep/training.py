@@ -40,8 +40,8 @@ from fwp_lightning.experiment import CHECKPOINT_SECONDS, Config, Project, Run, s
 from fwp_lightning.peak_memory import peak_memory_mb, reset_peak_memory
 from fwp_lightning.registry import did_you_mean
 from fwp_lightning.sweep.ranks import Ranks, other_processes, refuse_devices
-from fwp_lightning.system_metrics import SystemMetrics
 from fwp_lightning.sweep.workers import Outcome, Refusal, Settings
+from fwp_lightning.system_metrics import SystemMetrics
 from fwp_lightning.tasks.processes import gather
 from fwp_lightning.tracking import (
     Origin,
