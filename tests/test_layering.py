@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "redaction": set(),
     "experiment": {"errors", "registry", "yaml_files"},
     "slurm": {"errors", "experiment"},
+    "system_metrics": set(),
     "tracking": {"errors", "registry", "experiment", "redaction", "slurm"},
     "results": {"errors", "registry", "experiment", "slurm", "tracking", "results_csv"},
     "bench": {
@@ -47,7 +48,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     },
     "sweep": {
         *("errors", "registry", "seeding", "experiment", "slurm", "peak_memory", "tracking", "results", "results_csv"),
-        *("checkpoint_files", "tasks"),
+        *("checkpoint_files", "system_metrics", "tasks"),
     },
     "cli": None,
     "__main__": None,
