@@ -638,12 +638,18 @@ def deliver(client: MlflowClient, run_id: str, operations: Iterable[Operation]) 
 def _record(client: MlflowClient, run_id: str, operation: Operation) -> None:
     """Record a text or a dataset, which is there once however often."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.exceptions import MlflowException
 
     if operation["op"] == "text":
         client.log_text(run_id, operation["text"], operation["name"])
         return
     dataset = Dataset(**operation["dataset"], source_type="fwp_lightning")
-    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+    inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
+    try:
+        client.log_inputs(run_id, inputs)
+    except MlflowException:
+        # the store looks for a dataset and then adds it: of two runs that name a new one at once, one is refused
+        client.log_inputs(run_id, inputs)
 
 
 def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:

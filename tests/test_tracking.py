@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from fwp_lightning.errors import UserError
 from fwp_lightning.experiment import Project, sha256_of
@@ -164,6 +165,24 @@ def test_a_dataset_that_is_delivered_twice_is_one(recorder, client):
         recorder.flush(insist=True)
     (found,) = stored(client)
     assert [entry.dataset.digest for entry in found.inputs.dataset_inputs] == ["d" * 12]
+
+
+def test_data_that_another_run_names_at_the_same_moment_are_named_again(recorder, client, monkeypatch):
+    recorder.start()
+    log_inputs, calls = client.log_inputs, []
+
+    def race(run_id, datasets):
+        calls.append(run_id)
+        if len(calls) == 1:
+            raise MlflowException("UNIQUE constraint failed: datasets.experiment_id, datasets.name, datasets.digest")
+        log_inputs(run_id, datasets)
+
+    monkeypatch.setattr(client, "log_inputs", race)
+    recorder.log_dataset("RetrievalData", "d" * 64, "{}")
+    recorder.flush(insist=True)
+    assert not recorder.journal.exists()
+    (found,) = stored(client)
+    assert len(found.inputs.dataset_inputs) == 1
 
 
 def test_the_machine_is_looked_at_every_10_seconds(clock):
