@@ -263,7 +263,8 @@ def _shared_points(part: Part) -> list[str]:
 
 
 def _count(runs: tuple[Run, ...], column: str) -> Text:
-    values = {int(value) for run in runs if (value := getattr(run, column))}
+    # softmax keeps all that it has read, which is no number
+    values = {int(value) for run in runs if (value := getattr(run, column)).isdigit()}
     return Text(" or ".join(f"{value:,}" for value in sorted(values)), runs) if values else Text(NONE)
 
 

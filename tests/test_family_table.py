@@ -159,6 +159,13 @@ def test_the_files_the_page_and_readme_hold_the_same_table(bench: Bench) -> None
     assert family_table.TITLE in page
 
 
+def test_a_state_without_a_size_is_no_number(bench: Bench) -> None:
+    add(bench, FACTS, "Softmax", 0.5, "", state="None")
+    add(bench, FACTS, "Linear", 0.5, "", state="")
+    (family,) = drawn(bench)
+    assert {text.text for text in family.columns["state, facts"].values()} == {"--"}
+
+
 def test_the_csv_file_has_every_number(bench: Bench) -> None:
     for seed, loss in ((1, 0.25), (2, 0.5)):
         add(bench, OVERWRITING, "FWP (1991) linear", loss, "n_keys=20", seed)
