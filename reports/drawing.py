@@ -42,7 +42,8 @@ def draw(
     if verdicts and not names:
         say(_save_verdicts(verdicts, output, project.root))
     families = family_table.families(project, results)
-    if families and not names:
+    # the table of a profile belongs to each experiment that it sums up
+    if families and (not names or family_table.EXPERIMENTS.keys() & set(names)):
         say(_save_families(families, output, project.root))
     if entries:
         page.write(output / "index.html", entries, verdicts, families)

@@ -159,6 +159,12 @@ def test_the_files_the_page_and_readme_hold_the_same_table(bench: Bench) -> None
     assert family_table.TITLE in page
 
 
+def test_the_table_is_drawn_with_each_experiment_that_it_sums_up(bench: Bench) -> None:
+    add(bench, FACTS, "Linear", 0.5, "")
+    assert bench.draw(FACTS) == 0
+    assert (bench.root / "reports" / "output" / "short" / "family.csv").exists()
+
+
 def test_a_state_without_a_size_is_no_number(bench: Bench) -> None:
     add(bench, FACTS, "Softmax", 0.5, "", state="None")
     add(bench, FACTS, "Linear", 0.5, "", state="")
