@@ -647,8 +647,10 @@ def _record(client: MlflowClient, run_id: str, operation: Operation) -> None:
     inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
     try:
         client.log_inputs(run_id, inputs)
-    except MlflowException:
+    except MlflowException as error:
         # the store looks for a dataset and then adds it: of two runs that name a new one at once, one is refused
+        if error.error_code != "BAD_REQUEST":
+            raise
         client.log_inputs(run_id, inputs)
 
 

@@ -145,7 +145,7 @@ class Death(BaseException):
 class Broken:
     """A client whose n-th write is the last: it does not come about, or does but nobody hears of it."""
 
-    WRITES = ("create_run", "log_batch", "log_text", "set_terminated", "update_run")
+    WRITES = ("create_run", "log_batch", "log_inputs", "log_text", "set_terminated", "update_run")
 
     def __init__(self, client: Any, last: int, how: str) -> None:
         self._client, self._left, self._how = client, last, how
@@ -189,11 +189,22 @@ def log(recorder: RunRecorder, steps: range) -> None:
             recorder.log_points({f"{split}/{metric}": value}, step)
 
 
+def begun_while_away(toy: ToyProject, client: Any, run_key: str, steps: range) -> RunRecorder:
+    """A run up to some step, of which a store that is away has taken nothing."""
+    recorder = recorder_of(toy, Broken(client, 1, "refused"), run_key)
+    recorder.start(PARAMS, TEXTS)
+    recorder.log_dataset("ToyData", "d" * 64, "{}")
+    log(recorder, steps)
+    return recorder
+
+
 def check_whole(client: Any, run_key: str) -> None:
     """A run that stands as complete is so in everything."""
     found = stored(client, run_key)
     assert points_of(client, run_key) == POINTS
-    assert client.get_run(found.run_id).data.params == PARAMS
+    run = client.get_run(found.run_id)
+    assert run.data.params == PARAMS
+    assert [named.dataset.name for named in run.inputs.dataset_inputs] == ["ToyData"]
     assert {file.path for file in client.list_artifacts(found.run_id)} == set(TEXTS)
     assert found.status == "FINISHED"
     assert found.tags["row"] == "plain"
@@ -204,8 +215,8 @@ def breakable(client: Any, how: str) -> Any:
     for last in itertools.count(1):
         yield f"{how}{last}", (broken := Broken(client, last, how))
         if not broken.broke:
-            # a run, two texts, two writes of points, two of parameters, a status and three of tags
-            assert last > 10
+            # a run, two texts, a dataset, two writes of points, two of parameters, a status and three of tags
+            assert last > 11
             return
 
 
@@ -215,9 +226,7 @@ def test_a_delivery_that_breaks_off_anywhere_is_made_up_for_by_the_next(
     tracked: ToyProject, client: Any, how: str
 ) -> None:
     for run_key, broken in breakable(client, how):
-        recorder = recorder_of(tracked, Broken(client, 1, "refused"), run_key)
-        recorder.start(PARAMS, TEXTS)
-        log(recorder, range(1, 8))
+        recorder = begun_while_away(tracked, client, run_key, range(1, 8))
         recorder.finish("FINISHED", {"complete": "true"})
         written = read_journal(recorder.journal)
         with contextlib.suppress(Death):
@@ -239,9 +248,7 @@ def test_a_run_whose_store_comes_back_and_breaks_off_anywhere_is_made_whole_by_t
     tracked: ToyProject, client: Any, how: str
 ) -> None:
     for run_key, broken in breakable(client, how):
-        recorder = recorder_of(tracked, Broken(client, 1, "refused"), run_key)
-        recorder.start(PARAMS, TEXTS)
-        log(recorder, range(1, 4))
+        recorder = begun_while_away(tracked, client, run_key, range(1, 4))
         recorder.flush()
         recorder.client = broken
         with contextlib.suppress(Death):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST
 
 from fwp_lightning.errors import UserError
 from fwp_lightning.experiment import Project, sha256_of
@@ -174,7 +175,8 @@ def test_data_that_another_run_names_at_the_same_moment_are_named_again(recorder
     def race(run_id, datasets):
         calls.append(run_id)
         if len(calls) == 1:
-            raise MlflowException("UNIQUE constraint failed: datasets.experiment_id, datasets.name, datasets.digest")
+            said = "UNIQUE constraint failed: datasets.experiment_id, datasets.name, datasets.digest"
+            raise MlflowException(said, BAD_REQUEST)
         log_inputs(run_id, datasets)
 
     monkeypatch.setattr(client, "log_inputs", race)
