@@ -263,9 +263,13 @@ def _shared_points(part: Part) -> list[str]:
 
 
 def _count(runs: tuple[Run, ...], column: str) -> Text:
+    values = _counts(runs, column)
+    return Text(" or ".join(f"{value:,}" for value in values), runs) if values else Text(NONE)
+
+
+def _counts(runs: Sequence[Run], column: str) -> list[int]:
     # softmax keeps all that it has read, which is no number
-    values = {int(value) for run in runs if (value := getattr(run, column)).isdigit()}
-    return Text(" or ".join(f"{value:,}" for value in sorted(values)), runs) if values else Text(NONE)
+    return sorted({int(value) for run in runs if (value := getattr(run, column)).isdigit()})
 
 
 def _speed(runs: tuple[Run, ...]) -> Text:
@@ -349,7 +353,7 @@ def _numbers(found: Summary) -> list[object]:
 
 def _costs(runs: Sequence[Run]) -> list[object]:
     speeds = _speeds(runs)
-    sizes = [" ".join(sorted({getattr(run, column) for run in runs})) for column in ("n_params", "state")]
+    sizes = [" ".join(map(str, _counts(runs, column))) for column in ("n_params", "state")]
     return [*sizes, f"{statistics.fmean(speeds):.4g}" if speeds else "", " ".join(sorted({run.device for run in runs}))]
 
 

@@ -170,6 +170,7 @@ def test_a_state_without_a_size_is_no_number(bench: Bench) -> None:
     add(bench, FACTS, "Linear", 0.5, "", state="")
     (family,) = drawn(bench)
     assert {text.text for text in family.columns["state, facts"].values()} == {"--"}
+    assert {line["state"] for line in csv.DictReader(io.StringIO(family_table.to_csv(family)))} == {""}
 
 
 def test_the_csv_file_has_every_number(bench: Bench) -> None:
