@@ -6,6 +6,7 @@ Nothing here needs a cluster: where there is no ``squeue``, nothing is known of 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -101,7 +102,7 @@ class Queue:
 
     def __init__(self) -> None:
         """Know nothing yet."""
-        self._asked_at = -QUEUE_SECONDS
+        self._asked_at = -math.inf
         self._states: dict[str, str] | None = None
 
     def states(self) -> dict[str, str] | None:
@@ -110,6 +111,10 @@ class Queue:
             self._states = self._ask()
             self._asked_at = time.monotonic()
         return self._states
+
+    def forget(self) -> None:
+        """Ask again at once: a job was submitted that the last answer cannot name."""
+        self._asked_at = -math.inf
 
     @staticmethod
     def _ask() -> dict[str, str] | None:

@@ -277,3 +277,29 @@ def test_a_job_that_ends_while_the_store_is_away_is_taken_in_when_it_is_back(
     # the table at the end; runs that end well share a line every ten seconds
     assert "toy short released plain 1/1" in said
     assert "exported 1 run to" in said
+
+
+def test_a_job_submitted_since_the_queue_was_last_asked_is_not_taken_for_ended(
+    tracked: ToyProject, client: Any, train: Any, cluster: Path, commands: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run,) = tracked.runs(profile="short", seeds=[1])
+    # a job of it was cancelled before, so that the queue is asked just before the submission
+    write_job(tracked.project, run.run_key, Job("3", "3.log"))
+    submitted = tracked.root / "submitted"
+    commands("sbatch", f'touch {submitted}; echo "Submitted batch job 7"')
+    commands("squeue", f'[ -e {submitted} ] && [ ! -e {cluster} ] && echo "7 PENDING"; true')
+    monkeypatch.setattr(slurm, "QUEUE_SECONDS", 600.0)
+    happened = []
+
+    def rest(sweep: SlurmSweep) -> None:
+        happened.append(sorted(sweep._jobs))
+        if len(happened) == 1:
+            assert train(run).status == "complete"
+            cluster.touch()
+            slurm.QUEUE_SECONDS = 0.0
+
+    monkeypatch.setattr(SlurmSweep, "_rest", rest)
+    origin = Origin(imports=(str(TOY_TASK),))
+    assert run_sweep([run], tracked.project, origin, resources=read_resources({})) == 0
+    assert happened == [[run.run_key], []]
+    assert not list(tracked.project.runs.glob("slurm/*.pkl"))

@@ -169,7 +169,7 @@ def test_a_failed_job_is_failed_with_its_traceback_and_stops_nothing(project: To
 
 
 def test_jobs_outlive_ctrl_c_are_watched_again_and_can_be_cancelled(project: ToyProject, client: Any) -> None:
-    project.edit("base/toy", "seconds_per_step: 0.0", "seconds_per_step: 0.5")
+    project.edit("base/toy", "seconds_per_step: 0.0", "seconds_per_step: 1.0")
     arguments = (SWEEP[0], "toy", *SWEEP[1:], "--points", "n_keys=2", "--rows", "plain,tanh")
     process = project.start(*arguments)
     runs = {run.row: run for run in project.runs() if run.point == "n_keys=2" and run.row in ("plain", "tanh")}
@@ -180,15 +180,22 @@ def test_jobs_outlive_ctrl_c_are_watched_again_and_can_be_cancelled(project: Toy
     jobs = {row: read_job(project.project, run.run_key).id for row, run in runs.items()}
     assert f"scancel {jobs['plain'].partition('_')[0]}" in said
     assert {state_of(job) for job in jobs.values()} == {"RUNNING"}
+    # the same command submits nothing that is in the queue, and says so where a job ends without a result
+    process = project.start(*arguments)
+    assert process.stdout is not None
+    first = [process.stdout.readline() for _ in range(2)]
+    assert f"submitted 0, in the queue already 2: {jobs['plain'].partition('_')[0]}" in first[1]
     subprocess.run(["scancel", jobs["tanh"]], check=True)
-    # the same command submits nothing that is in the queue
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 1, said
+    assert f"its job {jobs['tanh']} was ended from outside" in said
+    assert "1 run was stopped; the next sweep goes on with it" in said
+    assert {run.tags["row"]: run.outcome for run in read_store(client)} == {"plain": "complete", "tanh": "interrupted"}
+    # what is no longer in the queue is submitted anew, and goes on in its run
     code, said = call(project, *arguments)
     assert code == 0, said
-    assert runs_in_store(client) == 2
-    assert {run.tags["row"]: run.outcome for run in read_store(client)}["plain"] == "complete"
+    assert "submitted 1, in the queue already 0" in said
     assert read_job(project.project, runs["plain"].run_key).id == jobs["plain"]
-    code, said = call(project, *arguments)
-    assert code == 0, said
     assert {run.outcome for run in read_store(client)} == {"complete"}
     assert runs_in_store(client) == 2
 

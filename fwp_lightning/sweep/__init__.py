@@ -191,7 +191,8 @@ def run_sweep(
 
     By worker processes, or by SLURM jobs where ``resources`` says what these ask for.
 
-    0: all runs ended (diverged ones among them); 1: some failed; 130 or 143: stopped by Ctrl-C or SIGTERM.
+    0: all runs ended (diverged ones among them); 1: some failed or were stopped from outside; 130 or 143: the sweep
+    was stopped by Ctrl-C or SIGTERM.
     """
     # better now than after hours
     for folder in (project.runs, project.results):
@@ -216,19 +217,27 @@ def run_sweep(
     out.print(rows_table(rows))
     for name in dict.fromkeys(row.experiment for row in rows):
         describe_experiment(client, project, name, note_on(_all_rows(client, project, name, rows)))
-    _show_failures(sweep, out)
+    _show_unfinished(sweep, out)
     out.print(export(client, project).sentence())
     if sweep.signal is not None:
         out.print(sweep.farewell(), soft_wrap=True)
         return 128 + sweep.signal
-    return 1 if sweep.failures() else 0
+    return 1 if sweep.ended_as("failed") or sweep.ended_as("stopped") else 0
 
 
-def _show_failures(sweep: Sweep, out: Console) -> None:
-    for run, outcome in sweep.failures():
+def _show_unfinished(sweep: Sweep, out: Console) -> None:
+    for run, outcome in sweep.ended_as("failed"):
         out.print(f"failed: {run.name}: {outcome.message}", markup=False, soft_wrap=True)
-    if sweep.failures():
+    if sweep.ended_as("failed"):
         out.print("tracebacks: artifact traceback.txt of each failed run")
+    # where the sweep itself was stopped that is its farewell
+    if sweep.signal is None and (stopped := sweep.ended_as("stopped")):
+        goes = (
+            "was stopped; the next sweep goes on with it"
+            if len(stopped) == 1
+            else ("were stopped; the next sweep goes on with them")
+        )
+        out.print(f"{counted(len(stopped), 'run')} {goes}", markup=False)
 
 
 def _sweep_for(plan: Plan, settings: Settings, jobs: int | None, resources: Resources | None) -> Sweep:
@@ -292,9 +301,9 @@ class Sweep:
         words = {"stopped": "interrupted", "done before": "complete", "busy": "running"}
         return {key: words.get(outcome.status, outcome.status) for key, outcome in self.ended.items()}
 
-    def failures(self) -> list[tuple[Run, Outcome]]:
-        """Return the runs that failed."""
-        return [(self._by_key[key], outcome) for key, outcome in self.ended.items() if outcome.status == "failed"]
+    def ended_as(self, status: str) -> list[tuple[Run, Outcome]]:
+        """Return the runs that ended in one way, such as failed."""
+        return [(self._by_key[key], outcome) for key, outcome in self.ended.items() if outcome.status == status]
 
     def _note(self, run: Run, outcome: Outcome) -> None:
         self.ended[run.run_key] = outcome
@@ -303,7 +312,7 @@ class Sweep:
         assert self._display is not None
         said = f": {outcome.message}" if outcome.message else ""
         text = f"{outcome.status}: {run.name}, {duration(outcome.seconds)}{said}"
-        self._display.ended(run, text, notable=outcome.status in ("failed", "diverged"))
+        self._display.ended(run, text, notable=outcome.status in ("failed", "diverged", "stopped"))
 
     def _show(self, running: Sequence[Run], left: Sequence[Run], jobs: int, spent: float) -> None:
         """Show how far the sweep is, with ``left`` runs to end, ``jobs`` at once, which have trained for a while."""

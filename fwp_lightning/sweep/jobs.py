@@ -196,6 +196,7 @@ class SlurmSweep(Sweep):
             submitted = executor.map_array(train_in_job, runs, *constant)
         except (RuntimeError, self._submitit.core.utils.FailedJobError) as error:
             raise UserError(f"SLURM took no job: {_last_line(error)}") from error
+        slurm.QUEUE.forget()
         for run, job in zip(runs, submitted, strict=True):
             self._jobs[run.run_key] = Job(job.job_id, str(job.paths.stderr))
             write_job(self.project, run.run_key, self._jobs[run.run_key])
