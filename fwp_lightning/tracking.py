@@ -164,13 +164,22 @@ def store_sentence(project: Project, error: Exception) -> str:
 
 def experiment_id(client: MlflowClient, project: Project, name: str) -> str:
     """Return the id of an MLflow experiment, which is created with an artifact location of its own if need be."""
+    from mlflow.exceptions import MlflowException
+
     with _store_lock(project.store_file):
         found = client.get_experiment_by_name(name)
         if found is None:
             # a server knows itself where artifacts go; beside a database they lie in the project
             remote = project.store_uri.startswith("http")
             location = None if remote else (project.artifacts / name).absolute().as_uri()
-            return client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
+            try:
+                return client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
+            except MlflowException as error:
+                # of processes on several machines that miss it at once, one creates it
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            found = client.get_experiment_by_name(name)
+            assert found is not None
         if found.lifecycle_stage != "active":
             client.restore_experiment(found.experiment_id)
         return found.experiment_id

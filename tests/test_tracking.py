@@ -26,6 +26,7 @@ from fwp_lightning.tracking import (
     command_line,
     deliver_journals,
     describe_origin,
+    experiment_id,
     is_alive,
     is_locked,
     locked_run,
@@ -185,6 +186,19 @@ def test_data_that_another_run_names_at_the_same_moment_are_named_again(recorder
     assert not recorder.journal.exists()
     (found,) = stored(client)
     assert len(found.inputs.dataset_inputs) == 1
+
+
+def test_an_experiment_that_another_process_creates_at_the_same_moment_is_shared(tmp_path, client, monkeypatch):
+    theirs = client.create_experiment("toy")
+    find, calls = client.get_experiment_by_name, []
+
+    def race(name):
+        calls.append(name)
+        return find(name) if len(calls) > 1 else None
+
+    monkeypatch.setattr(client, "get_experiment_by_name", race)
+    assert experiment_id(client, Project(tmp_path), "toy") == theirs
+    assert len(calls) == 2
 
 
 def test_the_machine_is_looked_at_every_10_seconds(clock):
