@@ -115,14 +115,19 @@ class Page:
         return found
 
     def click(self, script: str) -> None:
-        """Click where an element is, once it is there; it is scrolled to."""
+        """Click where an element is, once it is there and stands still; it is scrolled to."""
         place = (
             "(element => { if (!element) return null;"
             " element.scrollIntoView({block: 'center', behavior: 'instant'});"
             " const box = element.getBoundingClientRect();"
             f" return box.width ? [box.x + box.width / 2, box.y + box.height / 2] : null }})({script})"
         )
-        x, y = self.wait_for(place)
+        former = None
+        # a page that still scrolls to where the last click led takes the element away from under the mouse
+        while (found := self.wait_for(place)) != former:
+            former = found
+            time.sleep(0.1)
+        x, y = found
         for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
             mouse = {"type": kind, "x": x, "y": y, "button": "left", "clickCount": 1}
             self._runner.run(self._call("Input.dispatchMouseEvent", **mouse))
