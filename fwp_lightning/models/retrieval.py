@@ -147,6 +147,9 @@ class RetrievalModel(nn.Module):
         return None if draw is None else draw(n_steps)
 
     def _queries(self, queries: Tensor) -> Tensor:
+        if self.compute != "plain" and queries.numel() > self.n_keys:
+            # in an evaluation each key is asked for many times
+            return embedding(queries, linear(self.key_embedding, self.W_q, self.b_q))
         return linear(embedding(queries, self.key_embedding), self.W_q, self.b_q)
 
     def _write_and_read(self, k: Tensor, gates: tuple[Tensor, ...], values: Tensor, q: Tensor) -> Tensor:

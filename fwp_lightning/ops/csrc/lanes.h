@@ -77,7 +77,7 @@ template <class Real, int N = LANES> [[maybe_unused]] inline Real sum_lanes(type
 }
 
 // exp for -87 <= x <= 88 to about one unit in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]
-[[maybe_unused]] inline Lanes<float>::type exp_in_range(Lanes<float>::type x) {
+[[maybe_unused, gnu::always_inline]] inline Lanes<float>::type exp_in_range(Lanes<float>::type x) {
     using V = Lanes<float>::type;
     using I = Lanes<float>::bits;
     const V shifter = V{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer

@@ -346,25 +346,41 @@ template <class Real, int64_t SIZE> class Training {
 
     // loss, and its gradient in grad_y, already divided by the batch
     Real compare(int64_t target) {
-        Real mean = 0, variance = 0, inverse = 1;
+        Real mean = 0, inverse = 1;
         if (p.layer_norm) {
-            for (int64_t v = 0; v < S; ++v) mean += y[v];
-            mean /= S;
-            for (int64_t v = 0; v < S; ++v) variance += (y[v] - mean) * (y[v] - mean);
+            mean = sum_over(S, [this](int64_t v) { return load<V>(y + v); }) / S;
+            const Real variance = sum_over(S, [this, mean](int64_t v) {
+                const V distance = load<V>(y + v) - mean;
+                return distance * distance;
+            });
             inverse = 1 / std::sqrt(variance / S + Real(LAYER_NORM_EPS));
         }
-        Real loss = 0, sum = 0, along = 0;
-        for (int64_t v = 0; v < S; ++v) {
-            y[v] = (y[v] - mean) * inverse;
-            const Real error = y[v] - (v == target);
-            loss += error * error;
-            grad_y[v] = error / B;
-            sum += grad_y[v];
-            along += grad_y[v] * y[v];
+        for (int64_t v = 0; v < S; v += LANES) {
+            const V normed = (load<V>(y + v) - mean) * inverse;
+            store(y + v, normed);
+            store(grad_y + v, normed);
         }
-        if (p.layer_norm)
-            for (int64_t v = 0; v < S; ++v) grad_y[v] = inverse * (grad_y[v] - sum / S - y[v] * along / S);
-        return loss / 2;
+        grad_y[target] -= 1;
+        const Real loss = sum_over(S, [this](int64_t v) { return load<V>(grad_y + v) * load<V>(grad_y + v); }) / 2;
+        for (int64_t v = 0; v < S; v += LANES) store(grad_y + v, load<V>(grad_y + v) / Real(B));
+        if (!p.layer_norm) return loss;
+        const Real sum = sum_over(S, [this](int64_t v) { return load<V>(grad_y + v); }) / S;
+        const Real along = sum_over(S, [this](int64_t v) { return load<V>(grad_y + v) * load<V>(y + v); }) / S;
+        for (int64_t v = 0; v < S; v += LANES) store(grad_y + v, inverse * (load<V>(grad_y + v) - sum - load<V>(y + v) * along));
+        return loss;
+    }
+    // the sum of at(0) .. at(n - 1), of which `at` returns a vector; whatever lies behind the last one does not count
+    template <class At> static Real sum_over(int64_t n, At at) {
+        V sum{};
+        int64_t i = 0;
+        for (; i + LANES <= n; i += LANES) sum += at(i);
+        if (i < n) {
+            const V rest = at(i);
+            alignas(sizeof(V)) Real some[LANES];
+            store(some, rest);
+            sum += ::load(some, n - i);
+        }
+        return total(sum);
     }
 
     void write_strengths() {
@@ -390,8 +406,7 @@ template <class Real, int64_t SIZE> class Training {
             const Real scale = 1 / std::sqrt(Real(D())), peak = *std::max_element(weights, weights + T);
             for (int64_t t = 0; t < T; t += LANES) store(weights + t, exp_of((load<V>(weights + t) - peak) * scale));
         }
-        Real sum = 0;
-        for (int64_t t = 0; t < T; ++t) sum += weights[t];
+        const Real sum = sum_over(T, [this](int64_t t) { return load<V>(weights + t); });
         denominator = p.rule == SOFTMAX ? sum : p.normalise_readout ? sum + Real(p.readout_eps) : Real(1);
         for (int64_t t = 0; t < T; t += LANES) {
             const V kernel = load<V>(weights + t);
@@ -401,13 +416,13 @@ template <class Real, int64_t SIZE> class Training {
         for (int64_t t = 0; t < T; ++t) y[value_ids[t]] += weights[t];
     }
     void read_by_kernel_backward() {
+        for (int64_t t = 0; t < T; ++t) grads[t] = grad_y[value_ids[t]];
         Real mean = 0;
         if (p.rule == SOFTMAX || p.normalise_readout)
-            for (int64_t t = 0; t < T; ++t) mean += weights[t] * grad_y[value_ids[t]];
+            mean = sum_over(T, [this](int64_t t) { return load<V>(weights + t) * load<V>(grads + t); });
         const Real scale = 1 / std::sqrt(Real(D()));
-        for (int64_t t = 0; t < T; ++t) grads[t] = grad_y[value_ids[t]] - mean;
         for (int64_t t = 0; t < T; t += LANES) {
-            const V g = load<V>(grads + t);
+            const V g = load<V>(grads + t) - mean;
             store(grads + t, p.rule == SOFTMAX ? g * load<V>(weights + t) * scale : g / denominator);
         }
         kernels_backward();
@@ -418,14 +433,18 @@ template <class Real, int64_t SIZE> class Training {
     void kernels() {
         if (p.map == DPFP) return ring_kernels();
         if (p.map == FAVOR) return exponential_kernels();
-        total_by_token([this](int64_t t) {
-            const int64_t i = key_ids[t] * row(), j = value_ids[t] * row();
-            V sum{}, f, unused;
-            for (int64_t d = 0; d < row(); d += LANES) {
-                mapped_pair(i + d, j + d, f, unused);
-                sum += f * load<V>(query_phi + d);
-            }
-            return sum;
+        const int64_t *ids = key_ids, *others = value_ids, width = row();
+        const Real *against = query_phi;
+        with_map([=, this](auto map) {
+            total_by_token([=](int64_t t) {
+                const int64_t i = ids[t] * width, j = others[t] * width;
+                V sum{}, f, unused;
+                for (int64_t d = 0; d < width; d += LANES) {
+                    map(i + d, j + d, f, unused);
+                    sum += f * load<V>(against + d);
+                }
+                return sum;
+            });
         });
     }
     // the total of a vector for each token, in `weights`
@@ -440,37 +459,46 @@ template <class Real, int64_t SIZE> class Training {
     void kernels_backward() {
         if (p.map == DPFP) return ring_kernels_backward();
         if (p.map == FAVOR) return exponential_kernels_backward();
-        for (int64_t d = 0; d < row(); d += LANES) {
-            const V against = load<V>(query_phi + d);
-            Real *key_grad = grad_key_table + d, *value_grad = grad_value_table + d;
-            const int64_t *ids = key_ids, *others = value_ids;
-            const Real *g_t = grads;
-            V grad{};
-            for (int64_t t = 0; t < T; ++t) {
-                const int64_t i = ids[t] * row(), j = others[t] * row();
-                V f, slope_of_f;
-                mapped_pair(i + d, j + d, f, slope_of_f);
-                grad += g_t[t] * f;
-                const V g = g_t[t] * against * slope_of_f;
-                add(key_grad + i, g);
-                add(value_grad + j, g);
+        const int64_t *ids = key_ids, *others = value_ids, n = T, width = row();
+        const Real *g_t = grads;
+        with_map([=, this](auto map) {
+            for (int64_t d = 0; d < width; d += LANES) {
+                const V against = load<V>(query_phi + d);
+                Real *key_grad = grad_key_table + d, *value_grad = grad_value_table + d;
+                V grad{};
+                for (int64_t t = 0; t < n; ++t) {
+                    const int64_t i = ids[t] * width, j = others[t] * width;
+                    V f, slope_of_f;
+                    map(i + d, j + d, f, slope_of_f);
+                    grad += g_t[t] * f;
+                    const V g = g_t[t] * against * slope_of_f;
+                    add(key_grad + i, g);
+                    add(value_grad + j, g);
+                }
+                store(grad_query_phi + d, grad);
             }
-            store(grad_query_phi + d, grad);
-        }
+        });
     }
 
-    // maps that act on each component alone; f and its slope for component d of the pair whose rows start at i and j
-    void mapped_pair(int64_t i, int64_t j, V &f, V &slope_of_f) const {
-        const V x = load<V>(key_table + i) + load<V>(value_table + j);
-        if (p.map != ELU || !has_exponentials) {
-            f = mapped(x);
-            slope_of_f = slope(x, f);
+    // maps that act on each component alone: hands `use` the function that computes f and its slope for the component whose
+    // places in the tables are i and j. What it reads is in its own pointers: those of this object would be read again after each store.
+    template <class Use> void with_map(Use use) const {
+        const Real *keys_at = key_table, *values_at = value_table, *key_factor = key_exp, *value_factor = value_exp;
+        if (p.map == ELU && has_exponentials) {
+            use([=](int64_t i, int64_t j, V &f, V &slope_of_f) {
+                const V x = load<V>(keys_at + i) + load<V>(values_at + j);
+                // exp(min(x, 0)) from the tables' exponentials, a product instead of an exponential
+                const V product = load<V>(key_factor + i) * load<V>(value_factor + j);
+                slope_of_f = product > 1 ? V{} + 1 : product;
+                f = slope_of_f + positive_part(x);
+            });
             return;
         }
-        // exp(min(x, 0)) from the tables' exponentials, a product instead of an exponential
-        const V product = load<V>(key_exp + i) * load<V>(value_exp + j);
-        slope_of_f = product > 1 ? V{} + 1 : product;
-        f = slope_of_f + positive_part(x);
+        use([=, this](int64_t i, int64_t j, V &f, V &slope_of_f) {
+            const V x = load<V>(keys_at + i) + load<V>(values_at + j);
+            f = mapped(x);
+            slope_of_f = slope(x, f);
+        });
     }
     void exponentiate_tables() {
         V high{};
@@ -562,7 +590,7 @@ template <class Real, int64_t SIZE> class Training {
     template <int J> static V before(const V *ring, int v) {
         return window<LANES - J>(ring[(v + RING_VECTORS - 1) % RING_VECTORS], ring[v], std::make_index_sequence<LANES>());
     }
-    void rectify_in_registers(int64_t t, V *to) const {
+    [[gnu::always_inline]] void rectify_in_registers(int64_t t, V *to) const {
         const Real *a = key_table + key_ids[t] * row(), *c = value_table + value_ids[t] * row();
 #pragma GCC unroll 8
         for (int v = 0; v < RING_VECTORS / 2; ++v) {
@@ -603,16 +631,61 @@ template <class Real, int64_t SIZE> class Training {
                 grad_against[v] += neighbours * own[v];
                 grad[v] = neighbours * load<V>(query_u + v * LANES);
             }
-            Real *a = grad_key_table + key_ids[t] * row(), *c = grad_value_table + value_ids[t] * row();
-#pragma GCC unroll 8
-            for (int v = 0; v < RING_VECTORS / 2; ++v) {
-                const int w = v + RING_VECTORS / 2;
-                const V g = (own[v] > 0 ? grad[v] : V{}) - (own[w] > 0 ? grad[w] : V{});
-                add(a + v * LANES, g);
-                add(c + v * LANES, g);
-            }
+            unrectify_in_registers(t, own, grad);
         }
         for (int v = 0; v < RING_VECTORS; ++v) store(grad_query_u + v * LANES, grad_against[v]);
+    }
+    // rows of features: those with a shift of j lie (j - 1) RING_VECTORS vectors behind the first ones
+    template <int NU> void rows_in_registers() {
+        total_by_token([this](int64_t t) {
+            V own[RING_VECTORS], sum{};
+            rectify_in_registers(t, own);
+            Real *to = phi + t * NU * RING_VECTORS * LANES;
+            store_shifted<1>(own, to, sum);
+            if constexpr (NU > 1) store_shifted<2>(own, to + RING_VECTORS * LANES, sum);
+            if constexpr (NU > 2) store_shifted<3>(own, to + 2 * RING_VECTORS * LANES, sum);
+            return sum;
+        });
+    }
+    template <int J> [[gnu::always_inline]] static void store_shifted(const V *own, Real *to, V &sum) {
+#pragma GCC unroll 16
+        for (int v = 0; v < RING_VECTORS; ++v) {
+            const V x = own[v] * after<J>(own, v);
+            store(to + v * LANES, x);
+            sum += x;
+        }
+    }
+    template <int NU> void rows_in_registers_backward(int64_t first, int64_t n, const Real *grad_rows) {
+        for (int64_t t = first; t < first + n; ++t, grad_rows += NU * RING_VECTORS * LANES) {
+            V own[RING_VECTORS], grad[RING_VECTORS] = {};
+            rectify_in_registers(t, own);
+            pull_shifted<1>(own, grad_rows, grad);
+            if constexpr (NU > 1) pull_shifted<2>(own, grad_rows + RING_VECTORS * LANES, grad);
+            if constexpr (NU > 2) pull_shifted<3>(own, grad_rows + 2 * RING_VECTORS * LANES, grad);
+            unrectify_in_registers(t, own, grad);
+        }
+    }
+    // as in ring_features_backward
+    template <int J> [[gnu::always_inline]] static void pull_shifted(const V *own, const Real *grad_features, V *grad) {
+        V pulled[RING_VECTORS];
+#pragma GCC unroll 16
+        for (int v = 0; v < RING_VECTORS; ++v) {
+            const V g = load<V>(grad_features + v * LANES);
+            pulled[v] = g * own[v];
+            grad[v] += g * after<J>(own, v);
+        }
+#pragma GCC unroll 16
+        for (int v = 0; v < RING_VECTORS; ++v) grad[v] += before<J>(pulled, v);
+    }
+    [[gnu::always_inline]] void unrectify_in_registers(int64_t t, const V *own, const V *grad) const {
+        Real *a = grad_key_table + key_ids[t] * row(), *c = grad_value_table + value_ids[t] * row();
+#pragma GCC unroll 8
+        for (int v = 0; v < RING_VECTORS / 2; ++v) {
+            const int w = v + RING_VECTORS / 2;
+            const V g = (own[v] > 0 ? grad[v] : V{}) - (own[w] > 0 ? grad[w] : V{});
+            add(a + v * LANES, g);
+            add(c + v * LANES, g);
+        }
     }
     void ring_kernels() {
         if constexpr (RING_FITS) {
@@ -681,7 +754,7 @@ template <class Real, int64_t SIZE> class Training {
             clear_padding(query_phi);
         }
         if (p.rule != DELTA) return;
-        query_sum = sum_of(query_phi) + Real(p.query_eps);
+        query_sum = total(lanes_of(query_phi)) + Real(p.query_eps);
         for (int64_t i = 0; i < features; i += LANES) store(query_phi + i, load<V>(query_phi + i) / query_sum);
     }
     // from grad_query_phi (DPFP with the sum rule: grad_query_u) to grad_q
@@ -705,10 +778,11 @@ template <class Real, int64_t SIZE> class Training {
     void clear_padding(Real *features_row) const {
         for (int64_t d = D(); d < row(); ++d) features_row[d] = 0;
     }
-    Real sum_of(const Real *x) const {
+    // a row of features, added up to one vector
+    V lanes_of(const Real *x) const {
         V sum{};
         for (int64_t i = 0; i < features; i += LANES) sum += load<V>(x + i);
-        return total(sum);
+        return sum;
     }
     Real dot(const Real *a, const Real *b) const {
         V even{}, odd{};
@@ -763,56 +837,82 @@ template <class Real, int64_t SIZE> class Training {
         for (int64_t d = 0; d < ring(); d += LANES) store(at + d, load<V>(u_t + d));
     }
 
+    // leaves the sum of each row in `weights`
     void feature_rows() {
         if (p.map == FAVOR) return exponential_rows();
-        for (int64_t first = 0; first < T; first += TILE) {
-            const int64_t n = std::min<int64_t>(TILE, T - first);
-            if (p.map == DPFP) {
+        if constexpr (RING_FITS) {
+            if (p.map == DPFP && p.nu == 1) return rows_in_registers<1>();
+            if (p.map == DPFP && p.nu == 2) return rows_in_registers<2>();
+            if (p.map == DPFP && p.nu == 3) return rows_in_registers<3>();
+        }
+        if (p.map == DPFP) {
+            for (int64_t first = 0; first < T; first += TILE) {
+                const int64_t n = std::min<int64_t>(TILE, T - first);
                 for (int64_t i = 0; i < n; ++i) rectify_pair(first + i, u + i * (ring() + LANES));
                 ring_features(n, u, phi + first * features);
-                continue;
             }
-            for (int64_t t = first; t < first + n; ++t) {
-                for (int64_t d = 0; d < row(); d += LANES) {
-                    V f, unused;
-                    mapped_pair(key_ids[t] * row() + d, value_ids[t] * row() + d, f, unused);
-                    store(phi + t * features + d, f);
-                }
-                clear_padding(phi + t * features);
-            }
+            return total_by_token([this](int64_t t) { return lanes_of(phi + t * features); });
         }
+        const int64_t *ids = key_ids, *others = value_ids, width = row();
+        Real *rows = phi;
+        with_map([=, this](auto map) {
+            total_by_token([=, this](int64_t t) {
+                const int64_t i = ids[t] * width, j = others[t] * width;
+                Real *to = rows + t * width;
+                V sum{};
+                for (int64_t d = 0; d < width; d += LANES) {
+                    V f, unused;
+                    map(i + d, j + d, f, unused);
+                    store(to + d, f);
+                    sum += f;
+                }
+                if (D() == width) return sum;
+                clear_padding(to);
+                return lanes_of(to);
+            });
+        });
     }
     // gradients of the features of n tokens, at most TILE, into those of the tables
     void feature_rows_backward(int64_t first, int64_t n, const Real *grad) {
+        if constexpr (RING_FITS) {
+            if (p.map == DPFP && p.nu == 1) return rows_in_registers_backward<1>(first, n, grad);
+            if (p.map == DPFP && p.nu == 2) return rows_in_registers_backward<2>(first, n, grad);
+            if (p.map == DPFP && p.nu == 3) return rows_in_registers_backward<3>(first, n, grad);
+        }
         if (p.map == DPFP) {
             for (int64_t i = 0; i < n; ++i) rectify_pair(first + i, u + i * (ring() + LANES));
             ring_features_backward(n, u, grad, grad_u);
             for (int64_t i = 0; i < n; ++i) unrectify_pair(first + i, u + i * (ring() + LANES), grad_u + i * (ring() + LANES));
             return;
         }
-        for (int64_t t = first; t < first + n; ++t, grad += features) {
-            if (p.map == FAVOR) {
-                exponential_row_backward(t, grad);
-                continue;
-            }
-            for (int64_t d = 0; d < row(); d += LANES) {
-                const int64_t i = key_ids[t] * row() + d, j = value_ids[t] * row() + d;
-                V unused, slope_of_f;
-                mapped_pair(i, j, unused, slope_of_f);
-                const V g = load<V>(grad + d) * slope_of_f;
-                add(grad_key_table + i, g);
-                add(grad_value_table + j, g);
-            }
+        if (p.map == FAVOR) {
+            for (int64_t i = 0; i < n; ++i) exponential_row_backward(first + i, grad + i * features);
+            return;
         }
+        const int64_t *ids = key_ids + first, *others = value_ids + first, width = row();
+        Real *key_grad = grad_key_table, *value_grad = grad_value_table;
+        with_map([=](auto map) {
+            for (int64_t t = 0; t < n; ++t) {
+                const int64_t i = ids[t] * width, j = others[t] * width;
+                for (int64_t d = 0; d < width; d += LANES) {
+                    V unused, slope_of_f;
+                    map(i + d, j + d, unused, slope_of_f);
+                    const V g = load<V>(grad + t * width + d) * slope_of_f;
+                    add(key_grad + i + d, g);
+                    add(value_grad + j + d, g);
+                }
+            }
+        });
     }
 
     // ---- delta: r <- r - a_t k_t with a_t = beta_t k_t . r, backwards in time from r = q; k_t = scale_t phi_t ----
     void normalised_rows() {
         feature_rows();
-        for (int64_t t = 0; t < T; ++t) {
-            const Real s = p.map == FAVOR ? scales[t] : Real(1);
-            denominators(t) = s * sum_of(phi + t * features) + Real(p.key_eps);
-            scales[t] = s / denominators(t);
+        for (int64_t t = 0; t < T; t += LANES) {
+            const V scale = p.map == FAVOR ? load<V>(scales + t) : V{} + 1;
+            const V denominator_of_t = scale * load<V>(weights + t) + Real(p.key_eps);
+            store(&denominators(t), denominator_of_t);
+            store(scales + t, scale / denominator_of_t);
         }
         std::copy_n(query_phi, features, state);
     }
@@ -918,9 +1018,9 @@ template <class Real, int64_t SIZE> class Training {
                 }
                 const Real retrieved = total(reads) * s;
                 of[g].grad_beta[t] = lambda * retrieved;
-                const Real along = mu * retrieved - a * seen, inverse = 1 / of[g].denominators[t];
+                const Real inverse = 1 / of[g].denominators[t], along = (mu * retrieved - a * seen) * inverse;
 #pragma GCC unroll 8
-                for (int v = 0; v < N; ++v) store(of[g].phi + (t * N + v) * LANES, (grad[v] - along) * inverse);
+                for (int v = 0; v < N; ++v) store(of[g].phi + (t * N + v) * LANES, grad[v] * inverse - along);
             }
         for (int g = 0; g < GROUP; ++g)
             for (int v = 0; v < N; ++v) store(of[g].adjoint + v * LANES, pulled[g][v]);
@@ -1147,12 +1247,14 @@ template <class Real, int64_t SIZE> class Training {
     // f_t in the rows of phi
     void exponential_rows() {
         exponential_tokens([&](int64_t t, auto f) {
-            V high{};
+            V sum{}, high{};
             for (int64_t r = 0; r < features; r += LANES) {
                 const V x = f(r);
                 store(phi + t * features + r, x);
+                sum += x;
                 high = larger(high, x);
             }
+            weights[t] = total(sum);
             return largest<Real>(high);
         });
     }
