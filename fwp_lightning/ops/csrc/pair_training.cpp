@@ -90,16 +90,26 @@ template <class Real> inline void store_totals(Real *to, const typename Lanes<Re
         for (int i = 0; i < 4; ++i) to[i] = total(x[i]);
     }
 }
+// b unless a is beyond it, so that a NaN in b is passed on
 template <class V> inline V larger(V a, V b) { return a > b ? a : b; }
+template <class V> inline V smaller(V a, V b) { return a < b ? a : b; }
+#if defined(__AVX512F__)
+// one instruction each, which the compiler does not find
+inline Lanes<float>::type larger(Lanes<float>::type a, Lanes<float>::type b) {
+    return (Lanes<float>::type)_mm512_max_ps((__m512)a, (__m512)b);
+}
+inline Lanes<float>::type smaller(Lanes<float>::type a, Lanes<float>::type b) {
+    return (Lanes<float>::type)_mm512_min_ps((__m512)a, (__m512)b);
+}
+#endif
 template <class Real, class V> inline Real largest(V x) {
     Real out = x[0];
     for (int l = 1; l < LANES; ++l) out = std::max<Real>(out, x[l]);
     return out;
 }
 
-// NaN < 0 is false: a NaN stays a NaN
-template <class V> inline V positive_part(V x) { return x < 0 ? V{} : x; }
-template <class V> inline V negative_part(V x) { return x > 0 ? V{} : x; }
+template <class V> inline V positive_part(V x) { return larger(V{}, x); }
+template <class V> inline V negative_part(V x) { return smaller(V{}, x); }
 
 // the exponent under which exp leaves the range of normal numbers, and those over and under which a product of factors loses digits
 template <class Real> constexpr Real FLOOR = sizeof(Real) == 4 ? Real(-87) : Real(-708);
@@ -489,7 +499,7 @@ template <class Real, int64_t SIZE> class Training {
                 const V x = load<V>(keys_at + i) + load<V>(values_at + j);
                 // exp(min(x, 0)) from the tables' exponentials, a product instead of an exponential
                 const V product = load<V>(key_factor + i) * load<V>(value_factor + j);
-                slope_of_f = product > 1 ? V{} + 1 : product;
+                slope_of_f = smaller(V{} + 1, product);
                 f = slope_of_f + positive_part(x);
             });
             return;
