@@ -55,8 +55,8 @@ help: ## this list
 
 setup: $(INSTALLED) $(FAIRSEQ) ## make .venv and install the package with its tools and fairseq
 
-test: lint $(FAIRSEQ) ## lint, then the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+test: lint $(FAIRSEQ) ## lint, then the tests, a file of them at a time in two processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-faults: $(INSTALLED) ## kill sweeps, lock and fill the store, and count what was lost (nothing may be)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults -q

@@ -8,8 +8,10 @@ import gc
 import resource
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 # glibc hands large tensors back to the system at every free and faults their pages in again at every step:
 # keeping them made steps of 80 MB tensors 1.6 times faster
@@ -27,6 +29,8 @@ def keep_freed_memory() -> None:
 
 def reset_peak_memory() -> None:
     """Start the peak memory anew: a process trains many runs, and its peak only ever grows."""
+    import torch
+
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
@@ -36,6 +40,8 @@ def reset_peak_memory() -> None:
 def peak_memory_mb(device: torch.device) -> float:
     """Return the peak memory since ``reset_peak_memory``: of the GPU if it is one, else of the process."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated() / 2**20
     try:
         return _kibibytes("VmHWM") / 2**10
@@ -50,6 +56,8 @@ def needed_memory_mb(function: Callable[[], object], device: str) -> float | Non
     """
     gc.collect()
     if device == "cuda":
+        import torch
+
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

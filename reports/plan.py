@@ -127,8 +127,10 @@ class Plan:
 
 
 def report_names(project: Project) -> list[str]:
-    """The experiments of the project that have a report, figures and tables in natural order."""
-    return [name for name in experiment_names(project) if "report" in read_yaml(project.experiments / f"{name}.yaml")]
+    """The experiments that have a report: the paper's own figures and tables, then what comes after them."""
+    contents = {name: read_yaml(project.experiments / f"{name}.yaml") for name in experiment_names(project)}
+    reported = [name for name, content in contents.items() if "report" in content]
+    return sorted(reported, key=lambda name: not re.match(r"(Figure|Table) \d", str(contents[name].get("source", ""))))
 
 
 def runs_of(project: Project, name: str) -> str:

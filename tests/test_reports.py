@@ -55,6 +55,13 @@ def full(bench: Bench) -> Bench:
 # --- what is counted -------------------------------------------------------------------------------------------------
 
 
+def test_the_papers_own_figures_and_tables_come_first() -> None:
+    names = report_names(Project(ROOT))
+    own = [*(f"figure{n}" for n in range(2, 6)), *(f"table{n}" for n in range(1, 6))]
+    assert names[: len(own)] == own
+    assert {"equal_d_dot", "figureS1", "family_figure2"} < set(names[len(own) :])
+
+
 def test_cell_sums_up_last_and_best_over_seeds(full: Bench) -> None:
     cell = full.cell("DPFP-1")
     assert cell.ours["last"].values == (0.12, 0.24)
@@ -836,7 +843,7 @@ def test_only_where_there_is_a_released_code_numbers_are_called_its() -> None:
 
 def test_every_experiment_has_a_report() -> None:
     project = Project(ROOT)
-    assert report_names(project) == experiment_names(project)
+    assert sorted(report_names(project)) == sorted(experiment_names(project))
     for name in experiment_names(project):
         check_report_section(name, project)
 
