@@ -16,6 +16,7 @@ from fwp_lightning.experiment import Project, Run, load_experiment, resolve_runs
 from fwp_lightning.models.language_model import build_language_model
 from fwp_lightning.models.transformer import Architecture
 from fwp_lightning.sweep.cost import _memory_mb, measure
+from fwp_lightning.sweep.training import check_run
 from fwp_lightning.tasks.updates import Update, made_up_words
 
 PROJECT = Project(Path(__file__).resolve().parent.parent)
@@ -218,3 +219,14 @@ def test_made_up_words_are_as_frequent_as_their_rank_says() -> None:
     torch.testing.assert_close(
         (words.unsqueeze(-1) == torch.arange(4)).double().mean((0, 1)), expected, rtol=0, atol=8e-3
     )
+
+
+@pytest.mark.parametrize("name", ["table1", "table2", "changing_facts"])
+def test_steps_after_the_last_validation_are_refused_before_anything_trains(name: str) -> None:
+    (run, *_) = resolve_runs(load_experiment(name, PROJECT), profile="smoke")
+    assert check_run(run) is None
+    config = copy.deepcopy(run.config)
+    config["model"]["init_args"]["max_steps"] += 1
+    refusal = check_run(dataclasses.replace(run, config=config))
+    assert refusal is not None
+    assert f"model.max_steps={config['model']['init_args']['max_steps']} must be a multiple of the" in refusal.reason

@@ -232,5 +232,5 @@ def test_accuracies_of_hops_add_up() -> None:
 
 
 def test_steps_that_make_no_whole_blocks_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"max_steps=7 must be a multiple of the 5 between validations"):
+    with pytest.raises(ValueError, match=r"max_steps=7 must be a multiple of the 5 steps between validations"):
         trained(stories(steps_per_block=5), DELTA, 7)

@@ -112,6 +112,8 @@ def check_run(run: Run) -> Refusal | None:
             cli = RunCLI(run.config, {"logger": False, "plugins": [Ranks()], **SILENT_TRAINER}, [])
             refuse_devices(run.config, cli.trainer)
             build_on_meta(cli.model, cli.datamodule)
+            if (check := getattr(cli.model, "check_numbers", None)) is not None:
+                check(cli.trainer, cli.datamodule)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - any exception here is a row that cannot run
         return Refusal(place, first_cause(error))
     return None

@@ -15,6 +15,7 @@ from fwp_lightning.attention import AttentionConfig
 from fwp_lightning.data.scored_sequences import Scored, ScoredSequences
 from fwp_lightning.models.sequence_model import SequenceArchitecture, SequenceModel
 from fwp_lightning.tasks.description import describe_model
+from fwp_lightning.tasks.updates import check_max_steps
 
 
 class AnsweringTask(L.LightningModule):
@@ -82,13 +83,13 @@ class AnsweringTask(L.LightningModule):
         """Return the facts of a run that its configuration does not spell out."""
         return describe_model(self.model, self.attention, self.model.state_size(self.data.length))
 
+    def check_numbers(self, trainer: L.Trainer, data: ScoredSequences) -> None:
+        """Raise ``ValueError`` where numbers of trainer, data and task do not fit together."""
+        check_max_steps(self.max_steps, data.steps_per_block, trainer)
+
     def on_fit_start(self) -> None:
         """Refuse numbers that do not fit together."""
-        between = self.data.steps_per_block * (self.trainer.check_val_every_n_epoch or 1)
-        if self.max_steps % between:
-            raise ValueError(
-                f"model.max_steps={self.max_steps} must be a multiple of the {between} between validations"
-            )
+        self.check_numbers(self.trainer, self.data)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return AdamW and its schedule by the step."""

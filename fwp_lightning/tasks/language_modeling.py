@@ -23,7 +23,7 @@ from fwp_lightning.models.transformer_xl import TransformerXL
 from fwp_lightning.tasks.description import describe_model
 from fwp_lightning.tasks.perplexity import WordPerplexity
 from fwp_lightning.tasks.processes import gather
-from fwp_lightning.tasks.updates import Update, made_up_words
+from fwp_lightning.tasks.updates import Update, check_max_steps, made_up_words
 
 log = logging.getLogger(__name__)
 
@@ -185,9 +185,18 @@ class LanguageModelingTask(L.LightningModule):
             return done / self.warmup_steps
         return (1 + math.cos(math.pi * min(done, self.max_steps) / self.max_steps)) / 2
 
+    def check_numbers(self, trainer: L.Trainer, data: WikiTextData) -> None:
+        """Raise ``ValueError`` where numbers of trainer, data and task do not fit together."""
+        if trainer.accumulate_grad_batches != data.accumulation:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be "
+                f"data.accumulation={data.accumulation}: each counts the micro-batches of an optimiser step"
+            )
+        check_max_steps(self.max_steps, data.steps_per_block, trainer)
+
     def on_fit_start(self) -> None:
-        """Refuse numbers of the trainer and of the data that do not fit together."""
-        check_numbers(self.trainer, self.data, self.max_steps)
+        """Refuse numbers that do not fit together."""
+        self.check_numbers(self.trainer, self.data)
         for final in self.final_passes():
             self.data.check_length(final.split, final.length)
 
@@ -453,22 +462,6 @@ def check_context(context: str, architecture: Architecture, attention: Attention
         log.warning(
             "attention_norm=%s with a carried state: z grows over the whole text, so that outputs shrink like 1/t",
             attention.attention_norm,
-        )
-
-
-def check_numbers(trainer: L.Trainer, data: WikiTextData, max_steps: int) -> None:
-    """Raise ``ValueError`` where the trainer's, the data's and the task's numbers do not fit together."""
-    if trainer.accumulate_grad_batches != data.accumulation:
-        raise ValueError(
-            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be "
-            f"data.accumulation={data.accumulation}: each counts the micro-batches of an optimiser step"
-        )
-    between = data.steps_per_block * (trainer.check_val_every_n_epoch or 1)
-    if max_steps % between:
-        raise ValueError(
-            f"model.max_steps={max_steps} must be a multiple of the {between} steps between validations "
-            f"(data.steps_per_block={data.steps_per_block} x trainer.check_val_every_n_epoch="
-            f"{trainer.check_val_every_n_epoch})"
         )
 
 

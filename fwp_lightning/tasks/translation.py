@@ -22,7 +22,7 @@ from fwp_lightning.attention import AttentionConfig
 from fwp_lightning.data.translation import Sample, Sentences, TranslationData
 from fwp_lightning.tasks.description import describe_model
 from fwp_lightning.tasks.processes import gather
-from fwp_lightning.tasks.updates import Update
+from fwp_lightning.tasks.updates import Update, check_max_steps
 from fwp_lightning.translation import compatibility
 from fwp_lightning.translation.checkpoints import fairseq_checkpoint
 from fwp_lightning.translation.choice import TranslationAttention, flatten
@@ -232,15 +232,13 @@ class TranslationTask(L.LightningModule):
             return self.warmup_from + done * (self.lr - self.warmup_from) / self.warmup_steps
         return self.lr * math.sqrt(self.warmup_steps / done)
 
+    def check_numbers(self, trainer: L.Trainer, data: TranslationData) -> None:
+        """Raise ``ValueError`` where numbers of trainer, data and task do not fit together."""
+        check_max_steps(self.max_steps, data.steps_per_block, trainer)
+
     def on_fit_start(self) -> None:
-        """Build the criterion; refuse numbers that do not fit together."""
-        between = self.data.steps_per_block * (self.trainer.check_val_every_n_epoch or 1)
-        if self.max_steps % between:
-            raise ValueError(
-                f"model.max_steps={self.max_steps} must be a multiple of the {between} steps between validations "
-                f"(data.steps_per_block={self.data.steps_per_block} x trainer.check_val_every_n_epoch="
-                f"{self.trainer.check_val_every_n_epoch})"
-            )
+        """Refuse numbers that do not fit together."""
+        self.check_numbers(self.trainer, self.data)
 
     def _criterion(self) -> Any:
         compatibility.install()

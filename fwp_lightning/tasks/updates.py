@@ -1,11 +1,23 @@
-"""What an update of a task is made of, so that its cost can be measured without its data."""
+"""Updates of a task: how many there may be, and what one is made of, so that its cost can be measured without data."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import lightning as L
 import torch
+
+
+def check_max_steps(max_steps: int, steps_per_block: int, trainer: L.Trainer) -> None:
+    """Raise ``ValueError`` where the last steps would come after the last validation."""
+    every = trainer.check_val_every_n_epoch or 1
+    between = steps_per_block * every
+    if max_steps % between:
+        raise ValueError(
+            f"model.max_steps={max_steps} must be a multiple of the {between} steps between validations "
+            f"(data.steps_per_block={steps_per_block} x trainer.check_val_every_n_epoch={every})"
+        )
 
 
 @dataclass(frozen=True)

@@ -445,7 +445,7 @@ template <class Real, int64_t SIZE> class Training {
         if (p.map == FAVOR) return exponential_kernels();
         const int64_t *ids = key_ids, *others = value_ids, width = row();
         const Real *against = query_phi;
-        with_map([=, this](auto map) {
+        with_map([=](auto map) {
             total_by_token([=](int64_t t) {
                 const int64_t i = ids[t] * width, j = others[t] * width;
                 V sum{}, f, unused;
@@ -471,7 +471,7 @@ template <class Real, int64_t SIZE> class Training {
         if (p.map == FAVOR) return exponential_kernels_backward();
         const int64_t *ids = key_ids, *others = value_ids, n = T, width = row();
         const Real *g_t = grads;
-        with_map([=, this](auto map) {
+        with_map([=](auto map) {
             for (int64_t d = 0; d < width; d += LANES) {
                 const V against = load<V>(query_phi + d);
                 Real *key_grad = grad_key_table + d, *value_grad = grad_value_table + d;
@@ -504,7 +504,7 @@ template <class Real, int64_t SIZE> class Training {
             });
             return;
         }
-        use([=, this](int64_t i, int64_t j, V &f, V &slope_of_f) {
+        use([=](int64_t i, int64_t j, V &f, V &slope_of_f) {
             const V x = load<V>(keys_at + i) + load<V>(values_at + j);
             f = mapped(x);
             slope_of_f = slope(x, f);
@@ -591,6 +591,15 @@ template <class Real, int64_t SIZE> class Training {
     static constexpr int RING_VECTORS = 2 * SIZE / LANES;
     static constexpr bool RING_FITS = SIZE > 0 && SIZE % LANES == 0 && RING_VECTORS <= 16;
 
+    // f(integral constant nu), and whether there is one for this problem
+    template <class F> bool ring_in_registers(F f) const {
+        if constexpr (RING_FITS) {
+            if (p.nu == 1) return f(std::integral_constant<int, 1>()), true;
+            if (p.nu == 2) return f(std::integral_constant<int, 2>()), true;
+            if (p.nu == 3) return f(std::integral_constant<int, 3>()), true;
+        }
+        return false;
+    }
     template <int SHIFT, size_t... I> static V window(V a, V b, std::index_sequence<I...>) {
         return __builtin_shufflevector(a, b, (I + SHIFT)...);
     }
@@ -698,11 +707,7 @@ template <class Real, int64_t SIZE> class Training {
         }
     }
     void ring_kernels() {
-        if constexpr (RING_FITS) {
-            if (p.nu == 1) return kernels_in_registers<1>();
-            if (p.nu == 2) return kernels_in_registers<2>();
-            if (p.nu == 3) return kernels_in_registers<3>();
-        }
+        if (ring_in_registers([this](auto nu) { kernels_in_registers<nu>(); })) return;
         const int64_t u_row = ring() + LANES, between = ring_row, nu = p.nu;
         for (int64_t first = 0; first < T; first += TILE) {
             const int64_t n = tile_of_rings(first);
@@ -723,11 +728,7 @@ template <class Real, int64_t SIZE> class Training {
         }
     }
     void ring_kernels_backward() {
-        if constexpr (RING_FITS) {
-            if (p.nu == 1) return kernels_in_registers_backward<1>();
-            if (p.nu == 2) return kernels_in_registers_backward<2>();
-            if (p.nu == 3) return kernels_in_registers_backward<3>();
-        }
+        if (ring_in_registers([this](auto nu) { kernels_in_registers_backward<nu>(); })) return;
         std::fill_n(grad_query_u, ring(), Real(0));
         const int64_t u_row = ring() + LANES, between = ring_row, nu = p.nu;
         for (int64_t first = 0; first < T; first += TILE) {
@@ -850,12 +851,8 @@ template <class Real, int64_t SIZE> class Training {
     // leaves the sum of each row in `weights`
     void feature_rows() {
         if (p.map == FAVOR) return exponential_rows();
-        if constexpr (RING_FITS) {
-            if (p.map == DPFP && p.nu == 1) return rows_in_registers<1>();
-            if (p.map == DPFP && p.nu == 2) return rows_in_registers<2>();
-            if (p.map == DPFP && p.nu == 3) return rows_in_registers<3>();
-        }
         if (p.map == DPFP) {
+            if (ring_in_registers([this](auto nu) { rows_in_registers<nu>(); })) return;
             for (int64_t first = 0; first < T; first += TILE) {
                 const int64_t n = std::min<int64_t>(TILE, T - first);
                 for (int64_t i = 0; i < n; ++i) rectify_pair(first + i, u + i * (ring() + LANES));
@@ -865,8 +862,8 @@ template <class Real, int64_t SIZE> class Training {
         }
         const int64_t *ids = key_ids, *others = value_ids, width = row();
         Real *rows = phi;
-        with_map([=, this](auto map) {
-            total_by_token([=, this](int64_t t) {
+        with_map([=](auto map) {
+            total_by_token([=](int64_t t) {
                 const int64_t i = ids[t] * width, j = others[t] * width;
                 Real *to = rows + t * width;
                 V sum{};
@@ -884,12 +881,8 @@ template <class Real, int64_t SIZE> class Training {
     }
     // gradients of the features of n tokens, at most TILE, into those of the tables
     void feature_rows_backward(int64_t first, int64_t n, const Real *grad) {
-        if constexpr (RING_FITS) {
-            if (p.map == DPFP && p.nu == 1) return rows_in_registers_backward<1>(first, n, grad);
-            if (p.map == DPFP && p.nu == 2) return rows_in_registers_backward<2>(first, n, grad);
-            if (p.map == DPFP && p.nu == 3) return rows_in_registers_backward<3>(first, n, grad);
-        }
         if (p.map == DPFP) {
+            if (ring_in_registers([=](auto nu) { rows_in_registers_backward<nu>(first, n, grad); })) return;
             for (int64_t i = 0; i < n; ++i) rectify_pair(first + i, u + i * (ring() + LANES));
             ring_features_backward(n, u, grad, grad_u);
             for (int64_t i = 0; i < n; ++i) unrectify_pair(first + i, u + i * (ring() + LANES), grad_u + i * (ring() + LANES));
