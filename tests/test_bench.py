@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import platform
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,7 +36,7 @@ from fwp_lightning.data.corpora import KNOWN_CORPORA
 from fwp_lightning.data.facts import LEXICON
 from fwp_lightning.data.retrieval import RetrievalBlock, RetrievalData
 from fwp_lightning.experiment import Project, load_experiment, resolve_runs
-from fwp_lightning.process_memory import needed_memory_mb
+from fwp_lightning.peak_memory import needed_memory_mb
 from fwp_lightning.results_csv import BENCHMARK_COLUMNS, read_benchmarks
 from fwp_lightning.tasks.retrieval import retrieval_loss
 from fwp_lightning.tracking import Origin
@@ -237,27 +234,6 @@ def test_growth_tells_time_and_memory() -> None:
     assert [group.shape for group, _ in results] == ["B1 H4 T16 32x32", "B1 H4 T64 32x32"]
     for _, measurements in results:
         assert all(0 < m.spread.low <= m.spread.median <= m.spread.high for m in measurements)
-
-
-HANDS_BACK = """
-import sys, torch
-from fwp_lightning.process_memory import keep_freed_memory
-if sys.argv[1:]: keep_freed_memory()
-resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
-tensor = torch.ones(2**22)
-before = resident()
-del tensor
-print(before - resident())
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has its own ways")
-def test_freed_memory_stays_with_the_process() -> None:
-    freed, kept = (
-        int(subprocess.run([sys.executable, "-c", HANDS_BACK, *how], capture_output=True, check=True).stdout)
-        for how in ([], ["keep"])
-    )
-    assert kept < 2**20 < 2**24 <= freed
 
 
 def test_peak_memory_is_that_of_the_call() -> None:

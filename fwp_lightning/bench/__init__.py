@@ -21,7 +21,6 @@ from fwp_lightning.bench.rules import Result, Settings
 from fwp_lightning.bench.shapes import shapes_for
 from fwp_lightning.errors import UserError
 from fwp_lightning.experiment import Project
-from fwp_lightning.process_memory import keep_freed_memory
 from fwp_lightning.registry import did_you_mean
 from fwp_lightning.tracking import Origin
 
@@ -54,9 +53,7 @@ def run(request: Request, project: Project, origin: Origin, tell: Callable[[str]
     """Measure, tell every comparison, and save it as soon as it is there; raise ``UserError`` for what cannot be."""
     parts = _checked(request)
     if request.device == "cpu":
-        # as in training
         torch.set_flush_denormal(True)
-        keep_freed_memory()
     cores = records.cores_here()
     settings = Settings(
         request.device,

@@ -17,7 +17,7 @@ from fwp_lightning.bench.clocks import CPU, WALL, Clock, CudaClock, Function, Gr
 from fwp_lightning.bench.peers import Tell, peers_of
 from fwp_lightning.bench.records import Group, Measurement
 from fwp_lightning.bench.shapes import FUSED, LENGTHS, NU, QUICK, Shape, gigaflop, growing
-from fwp_lightning.process_memory import needed_memory_mb
+from fwp_lightning.peak_memory import needed_memory_mb
 
 RULES = ("sum", "delta")
 PASSES = ("forward", "forward+backward")

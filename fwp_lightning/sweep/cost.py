@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from fwp_lightning.experiment import Run
-from fwp_lightning.process_memory import needed_memory_mb, peak_memory_mb, reset_peak_memory
+from fwp_lightning.peak_memory import needed_memory_mb, peak_memory_mb, reset_peak_memory
 from fwp_lightning.sweep.training import SILENT_TRAINER, RunCLI, quiet_lightning
 from fwp_lightning.tasks.updates import Update
 from fwp_lightning.tracking import cpu_name

@@ -37,7 +37,7 @@ from torch import nn
 from fwp_lightning.checkpoint_files import read_plain
 from fwp_lightning.errors import RunBusy, RunStopped, UserError, sentence_of
 from fwp_lightning.experiment import CHECKPOINT_SECONDS, Config, Project, Run, sha256_of
-from fwp_lightning.process_memory import peak_memory_mb, reset_peak_memory
+from fwp_lightning.peak_memory import peak_memory_mb, reset_peak_memory
 from fwp_lightning.registry import did_you_mean
 from fwp_lightning.sweep.ranks import Ranks, other_processes, refuse_devices
 from fwp_lightning.sweep.workers import Outcome, Refusal, Settings

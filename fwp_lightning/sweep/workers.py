@@ -25,12 +25,14 @@ from typing import Any, Literal, NamedTuple
 
 from fwp_lightning.errors import UserError, sentence_of
 from fwp_lightning.experiment import CHECKPOINT_SECONDS, Project, Run
-from fwp_lightning.process_memory import KEEP_FREED_MEMORY
 from fwp_lightning.tracking import Origin
 
 # one thread a worker: several small models at once are faster than one on several threads
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-WORKER_ENVIRONMENT = ONE_THREAD | KEEP_FREED_MEMORY
+# glibc hands large tensors back to the system at every free and faults their pages in again at every step:
+# keeping them made steps of 80 MB tensors 1.6 times faster
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+WORKER_ENVIRONMENT = ONE_THREAD | KEEP_MEMORY
 
 
 @dataclass(frozen=True)

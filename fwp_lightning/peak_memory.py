@@ -1,4 +1,4 @@
-"""Memory of a process: its peak, as Linux counts it or, of a GPU, as PyTorch does, and what becomes of freed memory."""
+"""Peak memory: of a process as Linux counts it, or of a GPU as PyTorch does."""
 
 from __future__ import annotations
 
@@ -8,29 +8,12 @@ import gc
 import resource
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
-
-# glibc hands large tensors back to the system at every free and faults their pages in again at every step:
-# keeping them made steps of 80 MB tensors 1.6 times faster
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
-
-
-def keep_freed_memory() -> None:
-    """Do in this process, as far as glibc lets a running one, what ``KEEP_FREED_MEMORY`` does in one to be started."""
-    # M_MMAP_THRESHOLD, at most 32 MiB, and M_TRIM_THRESHOLD of malloc.h
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**25)
-        libc.mallopt(-1, 2**31 - 1)
+import torch
 
 
 def reset_peak_memory() -> None:
     """Start the peak memory anew: a process trains many runs, and its peak only ever grows."""
-    import torch
-
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
@@ -40,8 +23,6 @@ def reset_peak_memory() -> None:
 def peak_memory_mb(device: torch.device) -> float:
     """Return the peak memory since ``reset_peak_memory``: of the GPU if it is one, else of the process."""
     if device.type == "cuda":
-        import torch
-
         return torch.cuda.max_memory_allocated() / 2**20
     try:
         return _kibibytes("VmHWM") / 2**10
@@ -56,8 +37,6 @@ def needed_memory_mb(function: Callable[[], object], device: str) -> float | Non
     """
     gc.collect()
     if device == "cuda":
-        import torch
-
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
