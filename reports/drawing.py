@@ -92,15 +92,18 @@ def selections(project: Project, results: Results, names: Sequence[str]) -> list
             raise UserError(f"{name} cannot be drawn from results/runs.csv: {error}") from error
         found += [selection for plan in plans if (selection := select(plan, results)).runs]
     order = {name: number for number, name in enumerate(names)}
-    return sorted(
-        found,
-        key=lambda selection: (
-            PROFILES.index(selection.plan.profile),
-            not selection.plan.is_default_protocol,
-            selection.plan.protocol,
-            order[selection.plan.name],
-        ),
-    )
+    # a group of the page is a profile and a protocol; the protocol comes first that the first report has by default
+    ranks: dict[tuple[str, str], tuple[bool, int]] = {}
+    for plan in (selection.plan for selection in found):
+        rank = (not plan.is_default_protocol, order[plan.name])
+        ranks[plan.profile, plan.protocol] = min(rank, ranks.get((plan.profile, plan.protocol), rank))
+
+    def place_of(selection: Selection) -> tuple[object, ...]:
+        plan = selection.plan
+        group = ranks[plan.profile, plan.protocol]
+        return PROFILES.index(plan.profile), group, plan.protocol, order[plan.name]
+
+    return sorted(found, key=place_of)
 
 
 def _save(output: Path, entry: page.Entry, root: Path) -> str:

@@ -109,6 +109,16 @@ def test_profiles_and_protocols_are_never_mixed(full: Bench) -> None:
     assert all(runs == {place} for place, runs in places.items())
 
 
+def test_a_profile_and_protocol_is_one_group_with_the_papers_own_first() -> None:
+    names = report_names(Project(ROOT))
+    plans = [selection.plan for selection in selections(Project(ROOT), read_results(ROOT), names)]
+    groups = [place for place, _ in itertools.groupby((plan.profile, plan.protocol) for plan in plans)]
+    assert len(groups) == len(set(groups))
+    for place in groups:
+        own = [names.index(plan.name) for plan in plans if (plan.profile, plan.protocol) == place]
+        assert own == sorted(own)
+
+
 def test_other_version_of_the_protocol_is_left_out(bench: Bench) -> None:
     bench.add("Linear", [0.3], version="1", key="old")
     bench.add("Linear", [0.2], seed=2)
