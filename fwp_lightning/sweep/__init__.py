@@ -232,12 +232,8 @@ def _show_unfinished(sweep: Sweep, out: Console) -> None:
         out.print("tracebacks: artifact traceback.txt of each failed run")
     # where the sweep itself was stopped that is its farewell
     if sweep.signal is None and (stopped := sweep.ended_as("stopped")):
-        goes = (
-            "was stopped; the next sweep goes on with it"
-            if len(stopped) == 1
-            else ("were stopped; the next sweep goes on with them")
-        )
-        out.print(f"{counted(len(stopped), 'run')} {goes}", markup=False)
+        was, it = ("was", "it") if len(stopped) == 1 else ("were", "them")
+        out.print(f"{counted(len(stopped), 'run')} {was} stopped; the next sweep goes on with {it}", markup=False)
 
 
 def _sweep_for(plan: Plan, settings: Settings, jobs: int | None, resources: Resources | None) -> Sweep:
