@@ -156,5 +156,7 @@ def test_losses_of_favor_are_those_of_the_results() -> None:
     ]
     text = " ".join(README.split())
     assert f"the best loss, a mean over three seeds, is {', '.join(said[:3])} and {said[3]}." in text
+    same_size = [f"{best['FAVOR+ (64)', 'n_keys=100']:.2f}", f"{best['DPFP-1', 'n_keys=100']:.1g}"]
+    assert "FAVOR+ (64) is at {} for S = 100 where DPFP-1 is at {},".format(*same_size) in text
     against = " against ".join(f"{best[row, 'n_keys=60']:.2f}" for row in ("FAVOR+ (512)", "Linear"))
     assert f"stay behind the 64 of ELU+1 at S = 60 ({against})" in text
