@@ -1,4 +1,4 @@
-// Numbers that change lanes: transposing a block of vectors, and the sums of many vectors' lanes at once.
+// Numbers that change lanes: the sums of many vectors' lanes at once.
 //
 // Adding up the lanes of one vector takes as many exchanges as for a pair of them, and each waits for the one before.
 #pragma once
@@ -30,36 +30,6 @@ template <int SECOND> struct Fours {
         return (four < half ? 0 : LANES) + (four % (half ? half : 1) * 2 + SECOND) * 4 + l % 4;
     }
 };
-
-// x[i][j] becomes x[j][i]
-template <class V> inline __attribute__((always_inline)) void transpose(V (&x)[LANES]) {
-    V y[LANES];
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i += 2) {
-        y[i] = pick<Woven<1, 0>>(x[i], x[i + 1]);
-        y[i + 1] = pick<Woven<1, 1>>(x[i], x[i + 1]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i += 4)
-#pragma GCC unroll 2
-        for (int h = 0; h < 2; ++h) {
-            x[i + 2 * h] = pick<Woven<2, 0>>(y[i + h], y[i + h + 2]);
-            x[i + 2 * h + 1] = pick<Woven<2, 1>>(y[i + h], y[i + h + 2]);
-        }
-    // four rows each have a column of every four: fours are to change places in the same way
-    if constexpr (LANES > 4)
-#pragma GCC unroll 2
-        for (int apart = 4; apart < LANES; apart *= 2) {
-#pragma GCC unroll 16
-            for (int i = 0; i < LANES; ++i) y[i] = x[i];
-#pragma GCC unroll 16
-            for (int i = 0; i < LANES; ++i) {
-                if (i & apart) continue;
-                x[i] = pick<Fours<0>>(y[i], y[i + apart]);
-                x[i + apart] = pick<Fours<1>>(y[i], y[i + apart]);
-            }
-        }
-}
 
 template <int LEVEL, class V> inline V folded(V a, V b) {
     if constexpr (LEVEL == 0) return pick<Woven<1, 0>>(a, b) + pick<Woven<1, 1>>(a, b);
@@ -93,6 +63,7 @@ template <class Real, int N> class LaneSums {
             sums[v] = fold<0, AT_ONCE>(some);
         }
     }
+    Num vector(int v) const { return sums[v]; }
     Real operator[](int n) const { return reinterpret_cast<const Real *>(sums)[n]; }
 };
 

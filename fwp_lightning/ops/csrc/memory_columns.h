@@ -21,7 +21,9 @@
 #else
 #define FWP_EITHER inline __attribute__((always_inline))
 #define FWP_UNROLL _Pragma("GCC unroll 16")
+#endif
 // loops over a memory, which nvcc unrolls where it knows their length
+#ifndef FWP_UNROLL_FIXED
 #define FWP_UNROLL_FIXED
 #endif
 
@@ -34,6 +36,15 @@ template <int N> struct Fixed {
 
 // Arrays of no elements do not exist.
 FWP_EITHER constexpr int at_least_one(int n) { return n > 0 ? n : 1; }
+
+// Where a pass over a memory is in its rows of scalars: [s] is that of step s. The host has one of its own for Steps.
+template <class Rows> struct Cursor {
+    const Rows &rows;
+    int i;
+    FWP_EITHER explicit Cursor(const Rows &from) : rows(from), i(0) {}
+    FWP_EITHER auto operator[](int s) const { return rows[s][i]; }
+    FWP_EITHER void advance() { ++i; }
+};
 
 // --- values in the Nums: W[i] are columns at key feature i -------------------------------------------------------------
 
@@ -50,17 +61,19 @@ FWP_EITHER void write_and_read(Num *W, Size n_keys, const Rows &key, const Rows 
     }
     FWP_UNROLL
     for (int s = 0; s < NEXT; ++s) retrieved[s] = retrieved_sum[s];
+    Cursor<Rows> k(key), q(query), n(next);
     FWP_UNROLL_FIXED
     for (int i = 0; i < n_keys; ++i) {
         Num w = W[i];
         FWP_UNROLL
         for (int s = 0; s < STEPS; ++s) {
-            w += key[s][i] * write[s];
-            if (READS) read[s] += query[s][i] * w;
+            w += k[s] * write[s];
+            if (READS) read[s] += q[s] * w;
         }
         FWP_UNROLL
-        for (int s = 0; s < NEXT; ++s) retrieved[s] += next[s][i] * w;
+        for (int s = 0; s < NEXT; ++s) retrieved[s] += n[s] * w;
         if (STEPS > 0) W[i] = w;
+        k.advance(), q.advance(), n.advance();
     }
     FWP_UNROLL
     for (int s = 0; s < STEPS; ++s)
@@ -140,16 +153,18 @@ FWP_EITHER void read_keys(Num *W, Size n_values, const Rows &error, const Rows &
         if (DELTA) loss[s] = loss_sum[s];
         if (READS) grad_query[s] = grad_query_sum[s];
     }
+    Cursor<Rows> e(error), l(lost), g(grad);
     FWP_UNROLL_FIXED
     for (int j = 0; j < n_values; ++j) {
         Num w = W[j];
         FWP_UNROLL
         for (int s = 0; s < STEPS; ++s) {
-            if (DELTA) loss[s] += lost[s][j] * w;
-            w += error[s][j] * k[s];
-            if (READS) grad_query[s] += grad[s][j] * w;
+            if (DELTA) loss[s] += l[s] * w;
+            w += e[s] * k[s];
+            if (READS) grad_query[s] += g[s] * w;
         }
         W[j] = w;
+        e.advance(), l.advance(), g.advance();
     }
     FWP_UNROLL
     for (int s = 0; s < STEPS; ++s) {
@@ -171,16 +186,18 @@ FWP_EITHER void receive_keys(Num *D, Size n_values, const Rows &error, const Row
         if (READS) q[s] = query[s];
         gain[s] = gain_sum[s];
     }
+    Cursor<Rows> e(error), l(lost), g(grad);
     FWP_UNROLL_FIXED
     for (int j = 0; j < n_values; ++j) {
         Num x = D[j];
         FWP_UNROLL
         for (int s = STEPS - 1; s >= 0; --s) {
-            if (READS) x += grad[s][j] * q[s];
-            gain[s] += error[s][j] * x;
-            if (DELTA) x -= lost[s][j] * k[s];
+            if (READS) x += g[s] * q[s];
+            gain[s] += e[s] * x;
+            if (DELTA) x -= l[s] * k[s];
         }
         D[j] = x;
+        e.advance(), l.advance(), g.advance();
     }
     FWP_UNROLL
     for (int s = 0; s < STEPS; ++s) gain_sum[s] = gain[s];

@@ -17,6 +17,8 @@
 #include <sys/mman.h>
 #endif
 
+// more at a time are no faster
+#define FWP_UNROLL_FIXED _Pragma("GCC unroll 2")
 #include "feature_rows.h"
 #include "lane_exchange.h"
 #include "lanes.h"
@@ -46,6 +48,8 @@ struct Problem {
     int64_t cells() const { return keys * values; }
     // of a step of a head: inputs, outputs, errors and gradients
     int64_t row_numbers() const { return 4 * size + 5 * values; }
+    // whether they are too many for the second cache even of one head
+    bool far_rows(int64_t bytes) const { return steps * row_numbers() * bytes > ROW_BYTES; }
 };
 
 // A large output is mostly memory that the system has yet to give: in few large pages rather than in thousands of small ones,
@@ -114,10 +118,23 @@ template <class Real, int N, bool STRICT, bool LOOSE> class Pairs {
     };
 };
 
-// The rows of two runs of N steps.
-template <class Real, int N> struct TwoRuns {
-    Steps<const Real> a, b;
-    inline __attribute__((always_inline)) const Real *operator[](int s) const { return s < N ? a[s] : b[s - N]; }
+// One pointer that moves along all rows, and their distance: a pointer for each would be more than there are registers. The
+// compiler, which would make them of it again, must not know where it moves to.
+template <class Real> struct Cursor<Steps<Real>> {
+    const char *at;
+    int64_t stride, three;
+    inline __attribute__((always_inline)) explicit Cursor(const Steps<Real> &from)
+        : at(reinterpret_cast<const char *>(from.first)), stride(from.stride * sizeof(Real)), three(3 * stride) {
+        asm("" : "+r"(three));
+    }
+    inline __attribute__((always_inline)) Real operator[](int s) const {
+        // an address is a sum of two registers, one of them times 1, 2 or 4
+        return *reinterpret_cast<const Real *>(s == 3 ? at + three : at + s * stride);
+    }
+    inline __attribute__((always_inline)) void advance() {
+        at += sizeof(Real);
+        asm("" : "+r"(at));
+    }
 };
 
 // One head on its way through time: the rows that every sweep reads.
@@ -162,13 +179,19 @@ template <class Real, bool DELTA, bool READS> struct Head {
     template <class R> R *entry(R *matrices, int64_t i, int64_t c) const {
         return matrices + index * p.cells() + i * V + c * LANES;
     }
-    // the same with keys in the lanes: block c of column j at [c V + j]
+    // the same with keys in the lanes: block c of column j at [c row_of_blocks + j]
+    int64_t row_of_blocks() const { return padded(V); }
     void load_rows(const Real *matrices, Num *rows) const {
-        std::fill(rows, rows + key_blocks * V, Num{});
+        std::fill(rows, rows + key_blocks * row_of_blocks(), Num{});
         if (!matrices) return;
         for (int64_t i = 0; i < K; ++i)
             for (int64_t j = 0; j < V; ++j)
-                rows[i / LANES * V + j][i % LANES] = matrices[index * p.cells() + i * V + j];
+                rows[i / LANES * row_of_blocks() + j][i % LANES] = matrices[index * p.cells() + i * V + j];
+    }
+    void store_rows(const Num *rows, Real *matrices) const {
+        for (int64_t i = 0; i < K; ++i)
+            for (int64_t j = 0; j < V; ++j)
+                matrices[index * p.cells() + i * V + j] = rows[i / LANES * row_of_blocks() + j][i % LANES];
     }
     void load_normaliser(const Real *vectors) const {
         if (!p.normalise_readout) return;
@@ -375,26 +398,25 @@ template <class Real, bool DELTA, bool READS> struct Backward : Head<Real, DELTA
     Num block(const Real *row, int64_t c) const { return load<Real>(row + c * LANES, K - c * LANES); }
 };
 
-// Backward in time: D = dL/dW, values in the lanes. Gradients of v and beta, and what the writes give their keys. A pass
-// first asks D what it was before its own steps, then adds what they do to each other and to D: no gradient has anything of
-// what came before it in time.
+// Backward in time: D = dL/dW, keys in the lanes. Gradients of v and beta, and what the writes give their keys. A pass
+// first asks D what it was before its own steps and adds what they do to each other; then each step in its turn reads its
+// gain and changes D: no gradient has anything of what came before it in time.
 template <class Real, bool DELTA, bool READS> struct Receiving : Backward<Real, DELTA, READS> {
     using Base = Backward<Real, DELTA, READS>;
     using Num = typename Base::Num;
     static constexpr int STEPS = Base::STEPS;
     using Base::key, Base::query, Base::p, Base::x, Base::K, Base::V, Base::T, Base::z;
     using Base::grad, Base::grad_k, Base::grad_v, Base::error;
-    template <int N> using Products = Pairs<Real, N, DELTA, READS>;
     Rows<Real> grad_beta{};
     Buffer<Real> memory;
 
-    static int64_t bytes(const Problem &p) { return blocks_of(p.values) * p.keys * sizeof(Num); }
+    static int64_t bytes(const Problem &p) { return blocks_of(p.keys) * p.values * sizeof(Num); }
     Receiving(const Problem &problem, const Tensors<Real> &tensors)
-        : Base(problem, tensors), memory(this->value_blocks * K * LANES) {}
+        : Base(problem, tensors), memory(this->key_blocks * this->row_of_blocks() * LANES) {}
     void attach(int64_t i) {
         Base::attach(i);
         grad_beta = this->rows(x.grad_beta, 1);
-        this->load_columns(x.grad_last, memory.vectors());
+        this->load_rows(x.grad_last, memory.vectors());
         this->load_normaliser(x.grad_last_z);
     }
     void step(int64_t t) {
@@ -409,104 +431,79 @@ template <class Real, bool DELTA, bool READS> struct Receiving : Backward<Real, 
     }
     template <int N> void receive(int64_t t) {
         const Steps<const Real> k = key.from(t), q = (READS ? query : key).from(t), e = error.from(t);
-        const Steps<const Real> g = (READS ? grad : error).from(t), lost = grad_v.from(t);
-        const auto products = receive_values<N>(t, k, q, e, g);
-        receive_keys<N>(t, k, q, e, products);
-        const int64_t n_keys = K, n_values = V;
-        Num *D = memory.vectors();
-        for (int64_t from = 0; from < n_values; from += LANES, D += n_keys) {
-            Num change[2 * N];
-#pragma GCC unroll 8
-            for (int s = 0; s < N; ++s) {
-                if (READS) change[s] = load<Real>(g[s] + from, n_values - from);
-                if (DELTA) change[READS ? N + s : s] = -load<Real>(lost[s] + from, n_values - from);
-            }
-            const TwoRuns<Real, READS ? N : 0> rows{q, k};
-            constexpr int CHANGES = (READS ? N : 0) + (DELTA ? N : 0);
-            write_and_read<CHANGES, 0, false>(D, n_keys, rows, rows, rows, change, change, change);
-        }
-    }
-    // what the writes receive, dL/dv and dL/dbeta; the products of errors with later losses and gradients of outputs
-    template <int N>
-    inline __attribute__((always_inline)) typename Products<N>::Sums
-    receive_values(int64_t t, Steps<const Real> k, Steps<const Real> q, Steps<const Real> e, Steps<const Real> g) {
-        const int64_t n_keys = K, n_values = V;
-        const Steps<Real> to = grad_v.from(t);
+        const Steps<const Real> g = (READS ? grad : error).from(t);
         Real strength[N];
         for (int s = 0; s < N; ++s) strength[s] = this->strength(t + s);
+        receive_values<N>(t, k, q, e, g, strength);
+        receive_keys<N>(t, k, q, e, g, strength);
+    }
+    // D^T k of the memory before the pass, a block of it
+    inline __attribute__((always_inline)) Num ask(const Real *k, int64_t from) {
+        const int64_t blocks = this->key_blocks, row = this->row_of_blocks(), n = V - from;
+        Num totals[LANES] = {};
+        const Num *D = memory.vectors() + from;
+        for (int64_t b = 0; b < blocks; ++b, D += row) {
+            const Num keys = this->block(k, b);
+#pragma GCC unroll 16
+            for (int j = 0; j < LANES; ++j) totals[j] += keys * D[j];
+        }
+        return LaneSums<Real, LANES>(totals).vector(0);
+    }
+    // what the writes receive, dL/dv and dL/dbeta
+    template <int N>
+    inline __attribute__((always_inline)) void receive_values(int64_t t, Steps<const Real> k, Steps<const Real> q,
+                                                              Steps<const Real> e, Steps<const Real> g, const Real *strength) {
+        const int64_t n_keys = K, n_values = V;
+        const Steps<Real> to = grad_v.from(t);
         const auto overlap = this->template overlaps<N, DELTA, READS>(k, q, n_keys);
-        Products<N> products;
-        Num along[N] = {}, *D = memory.vectors();
-        for (int64_t from = 0; from < n_values; from += LANES, D += n_keys) {
+        Num along[N] = {};
+        for (int64_t from = 0; from < n_values; from += LANES) {
             const int64_t left = n_values - from;
-            Num grads[N], errors[N], received[N] = {}, loses[N];
-            write_and_read<0, N, false>(D, n_keys, k, k, k, received, received, received);
+            Num grads[N], received[N], loses[N];
 #pragma GCC unroll 8
             for (int s = N - 1; s >= 0; --s) {
                 grads[s] = READS ? load<Real>(g[s] + from, left) : Num{};
-                errors[s] = load<Real>(e[s] + from, left);
+                received[s] = ask(k[s], from);
+                // what was computed last comes last: the others need not wait for it
 #pragma GCC unroll 8
-                for (int r = s; r < N; ++r) {
+                for (int r = N - 1; r >= s; --r)
                     if (READS) received[s] += overlap.loose(r, s) * grads[r];
-                    if (DELTA && r > s) received[s] -= overlap.strict(r, s) * loses[r];
-                }
+#pragma GCC unroll 8
+                for (int r = N - 1; r > s; --r)
+                    if (DELTA) received[s] -= overlap.strict(r, s) * loses[r];
                 loses[s] = DELTA ? strength[s] * received[s] : received[s];
-                along[s] += received[s] * errors[s];
+                if (DELTA) along[s] += received[s] * load<Real>(e[s] + from, left);
                 store<Real>(to[s] + from, loses[s], left);
             }
-            products.add(errors, loses, grads);
         }
         if (DELTA) {
             const LaneSums<Real, N> sums(along);
             for (int s = 0; s < N; ++s) *grad_beta(t + s) = sums[s];
         }
-        return typename Products<N>::Sums(products);
     }
     // dL/dk but for what removals cost, block after block
-    template <int N, class Sums>
+    template <int N>
     inline __attribute__((always_inline)) void receive_keys(int64_t t, Steps<const Real> k, Steps<const Real> q,
-                                                            Steps<const Real> e, const Sums &products) {
-        const int64_t n_keys = K, n_values = V, blocks = this->key_blocks;
-        Real strength[N];
-        for (int s = 0; s < N; ++s) strength[s] = this->strength(t + s);
-        for (int64_t b = 0; b < blocks; ++b) {
+                                                            Steps<const Real> e, Steps<const Real> g, const Real *strength) {
+        const Steps<const Real> lost = grad_v.from(t);
+        const int64_t n_values = V, blocks = this->key_blocks, row = this->row_of_blocks();
+        Num *D = memory.vectors();
+        for (int64_t b = 0; b < blocks; ++b, D += row) {
             Num keys[N], queries[N], gain[N] = {};
-            add_gain<N>(memory.vectors() + b * LANES, n_keys, n_keys - b * LANES, n_values, e, gain);
 #pragma GCC unroll 8
             for (int s = 0; s < N; ++s) {
                 keys[s] = this->block(k[s], b);
                 queries[s] = this->block(q[s], b);
             }
+            ::receive_keys<N, DELTA, READS>(D, n_values, e, lost, g, keys, queries, gain);
 #pragma GCC unroll 8
             for (int s = N - 1; s >= 0; --s) {
-#pragma GCC unroll 8
-                for (int r = s; r < N; ++r) {
-                    if (READS) gain[s] += products.loose(r, s) * queries[r];
-                    if (DELTA && r > s) gain[s] -= products.strict(r, s) * keys[r];
-                }
                 gain[s] = gain[s] * strength[s];
                 if (p.normalise_readout) gain[s] += accumulate(t + s, b, queries[s]);
                 this->template give_features<false>(t + s, s, b, gain[s], grad_k);
             }
         }
         for (int s = 0; s < N; ++s) this->template give_inputs<false>(t + s, s, key, grad_k);
-    }
-    // D e of a block of keys
-    template <int N>
-    static inline __attribute__((always_inline)) void add_gain(const Num *D, int64_t n_keys, int64_t left, int64_t n_values,
-                                                               Steps<const Real> e, Num *gain) {
-        for (int64_t from = 0; from < n_values; from += LANES, D += n_keys) {
-            Num rows[LANES];
-#pragma GCC unroll 16
-            for (int i = 0; i < LANES; ++i) rows[i] = i < left ? D[i] : Num{};
-            transpose(rows);
-            const int64_t n = n_values - from;
-#pragma GCC unroll 16
-            for (int j = 0; j < LANES; ++j)
-                if (j < n)
-#pragma GCC unroll 8
-                    for (int s = 0; s < N; ++s) gain[s] += e[s][from + j] * rows[j];
-        }
     }
     // dL/dz, a block of it, which this read adds to and this write's key then receives
     Num accumulate(int64_t t, int64_t c, Num query) const {
@@ -516,7 +513,7 @@ template <class Real, bool DELTA, bool READS> struct Receiving : Backward<Real, 
     }
     void finish() {
         if (x.grad_z) this->store_normaliser(x.grad_z);
-        if (x.grad_state) this->store_columns(memory.vectors(), x.grad_state);
+        if (x.grad_state) this->store_rows(memory.vectors(), x.grad_state);
     }
 };
 
@@ -533,7 +530,7 @@ template <class Real, bool DELTA, bool READS> struct Rewriting : Backward<Real, 
 
     static int64_t bytes(const Problem &p) { return blocks_of(p.keys) * p.values * sizeof(Num); }
     Rewriting(const Problem &problem, const Tensors<Real> &tensors)
-        : Base(problem, tensors), memory(this->key_blocks * V * LANES) {}
+        : Base(problem, tensors), memory(this->key_blocks * this->row_of_blocks() * LANES) {}
     void attach(int64_t i) {
         Base::attach(i);
         grad_q = this->rows(x.grad_q, p.size);
@@ -541,7 +538,8 @@ template <class Real, bool DELTA, bool READS> struct Rewriting : Backward<Real, 
         this->load_normaliser(x.z);
     }
     void step(int64_t t) {
-        fetch_rows(t + AHEAD);
+        // the pass before this one has just read them
+        if (p.far_rows(sizeof(Real))) fetch_rows(t + AHEAD);
         const int64_t left = T - t;
         if (left >= STEPS) return write<STEPS>(t);
         with_constant<STEPS - 1>(left, [&](auto n) { write<at_least_one(n)>(t); });
@@ -555,9 +553,9 @@ template <class Real, bool DELTA, bool READS> struct Rewriting : Backward<Real, 
         const Steps<const Real> k = key.from(t), e = error.from(t), g = (READS ? grad : error).from(t), r = grad_v.from(t);
         Real strength[N];
         for (int s = 0; s < N; ++s) strength[s] = this->strength(t + s);
-        const int64_t n_values = V, blocks = this->key_blocks;
+        const int64_t n_values = V, blocks = this->key_blocks, row = this->row_of_blocks();
         Num *W = memory.vectors();
-        for (int64_t c = 0; c < blocks; ++c, W += n_values) {
+        for (int64_t c = 0; c < blocks; ++c, W += row) {
             Num writes[N], loss[N] = {}, queries[N] = {};
 #pragma GCC unroll 8
             for (int s = 0; s < N; ++s) writes[s] = this->block(k[s], c) * strength[s];
