@@ -22,7 +22,8 @@ struct Problem {
 class Halves {
     static constexpr int AHEAD = 64;
     const uint64_t key[2];
-    uint64_t counter, numbers[4 * AHEAD];
+    uint64_t counter;
+    uint32_t halves[8 * AHEAD];
     int64_t refills = 0, next = 8 * AHEAD;
 
     __attribute__((noinline)) void refill() {
@@ -39,7 +40,10 @@ class Halves {
                 }
                 k0 += 0x9E3779B97F4A7C15u, k1 += 0xBB67AE8584CAA73Bu;
             }
-            std::memcpy(numbers + 4 * i, x, sizeof x);
+            for (int j = 0; j < 8; ++j) {
+                halves[8 * i + 2 * j] = uint32_t(x[j / 4][j % 4]);
+                halves[8 * i + 2 * j + 1] = uint32_t(x[j / 4][j % 4] >> 32);
+            }
         }
         ++refills, next = 0;
     }
@@ -59,9 +63,7 @@ class Halves {
         Reader(const Reader &) = delete;
         uint32_t operator()() {
             if (__builtin_expect(next == 8 * AHEAD, 0)) from.refill(), next = 0;
-            const uint32_t half = uint32_t(from.numbers[next / 2] >> (next % 2 * 32));
-            ++next;
-            return half;
+            return from.halves[next++];
         }
     };
 };
