@@ -75,6 +75,59 @@ template <class Real> struct Tensors {
     Real *grad_q, *grad_k, *grad_v, *grad_beta, *grad_state, *grad_z;
 };
 
+// Two blocks of columns side by side: a scalar that they share is loaded once for both, and a loop with a load for each
+// multiply-add could not keep both units at work that multiply and add.
+template <class Num> struct Two {
+    Num a, b;
+};
+#define FWP_TWO template <class Num> inline __attribute__((always_inline))
+FWP_TWO Two<Num> operator+(const Two<Num> &x, const Two<Num> &y) { return {x.a + y.a, x.b + y.b}; }
+FWP_TWO Two<Num> operator-(const Two<Num> &x, const Two<Num> &y) { return {x.a - y.a, x.b - y.b}; }
+FWP_TWO Two<Num> operator-(const Two<Num> &x) { return {-x.a, -x.b}; }
+template <class Real, class Num> inline __attribute__((always_inline)) Two<Num> operator*(Real scalar, const Two<Num> &x) {
+    return {scalar * x.a, scalar * x.b};
+}
+FWP_TWO void operator+=(Two<Num> &x, const Two<Num> &y) { x.a += y.a, x.b += y.b; }
+FWP_TWO void operator-=(Two<Num> &x, const Two<Num> &y) { x.a -= y.a, x.b -= y.b; }
+#undef FWP_TWO
+
+// as many blocks as the registers are enough for
+constexpr int WIDTH = LANES == 16 ? 2 : 1;
+template <class Real, int N> struct BlocksOf {
+    using type = typename Lanes<Real>::type;
+};
+template <class Real> struct BlocksOf<Real, 2> {
+    using type = Two<typename Lanes<Real>::type>;
+};
+// rows from block c on, of which `left` numbers are left
+template <class Real, int N>
+inline __attribute__((always_inline)) typename BlocksOf<Real, N>::type load_blocks(const Real *from, int64_t left) {
+    if constexpr (N == 2)
+        return {load<Real>(from, LANES), load<Real>(from + LANES, left - LANES)};
+    else
+        return load<Real>(from, left);
+}
+template <class Real, int N>
+inline __attribute__((always_inline)) void store_blocks(Real *to, const typename BlocksOf<Real, N>::type &x, int64_t left) {
+    if constexpr (N == 2) {
+        store<Real>(to, x.a, LANES);
+        store<Real>(to + LANES, x.b, left - LANES);
+    } else {
+        store<Real>(to, x, left);
+    }
+}
+// f(how many, the first) for all blocks
+template <class F> inline __attribute__((always_inline)) void for_blocks(int64_t blocks, F f) {
+    int64_t c = 0;
+    if constexpr (WIDTH == 2)
+        for (; c + 2 <= blocks; c += 2) f(std::integral_constant<int, 2>(), c);
+    for (; c < blocks; ++c) f(std::integral_constant<int, 1>(), c);
+}
+// where number i of block c is among blocks of n numbers
+inline int64_t place(int64_t c, int64_t i, int64_t blocks, int64_t n) {
+    return WIDTH == 2 && (c | 1) < blocks ? (c & ~int64_t(1)) * n + 2 * i + (c & 1) : c * n + i;
+}
+
 // f(integral constant n), n one of 0 .. MOST
 template <int MOST, class F> inline void with_constant(int64_t n, F f) {
     if (n == MOST) return f(std::integral_constant<int, MOST>());
@@ -166,32 +219,37 @@ template <class Real, bool DELTA, bool READS> struct Head {
     }
     Real strength(int64_t t) const { return DELTA ? *beta(t) : Real(1); }
 
-    // a [K, V] matrix of this head, values in the lanes: block c of row i at [c K + i]
+    // blocks of a memory from its vector i on
+    template <int WIDE> static auto *at(const Buffer<Real> &buffer, int64_t i) {
+        return reinterpret_cast<typename BlocksOf<Real, WIDE>::type *>(buffer.vectors() + i);
+    }
+    // a [K, V] matrix of this head, values in the lanes
     void load_columns(const Real *matrices, Num *columns) const {
         for (int64_t c = 0; c < value_blocks; ++c)
             for (int64_t i = 0; i < K; ++i)
-                columns[c * K + i] = matrices ? load<Real>(entry(matrices, i, c), V - c * LANES) : Num{};
+                columns[place(c, i, value_blocks, K)] = matrices ? load<Real>(entry(matrices, i, c), V - c * LANES) : Num{};
     }
     void store_columns(const Num *columns, Real *matrices) const {
         for (int64_t c = 0; c < value_blocks; ++c)
-            for (int64_t i = 0; i < K; ++i) store<Real>(entry(matrices, i, c), columns[c * K + i], V - c * LANES);
+            for (int64_t i = 0; i < K; ++i)
+                store<Real>(entry(matrices, i, c), columns[place(c, i, value_blocks, K)], V - c * LANES);
     }
     template <class R> R *entry(R *matrices, int64_t i, int64_t c) const {
         return matrices + index * p.cells() + i * V + c * LANES;
     }
-    // the same with keys in the lanes: block c of column j at [c row_of_blocks + j]
+    // the same with keys in the lanes
     int64_t row_of_blocks() const { return padded(V); }
     void load_rows(const Real *matrices, Num *rows) const {
         std::fill(rows, rows + key_blocks * row_of_blocks(), Num{});
         if (!matrices) return;
         for (int64_t i = 0; i < K; ++i)
             for (int64_t j = 0; j < V; ++j)
-                rows[i / LANES * row_of_blocks() + j][i % LANES] = matrices[index * p.cells() + i * V + j];
+                rows[place(i / LANES, j, key_blocks, row_of_blocks())][i % LANES] = matrices[index * p.cells() + i * V + j];
     }
     void store_rows(const Num *rows, Real *matrices) const {
         for (int64_t i = 0; i < K; ++i)
             for (int64_t j = 0; j < V; ++j)
-                matrices[index * p.cells() + i * V + j] = rows[i / LANES * row_of_blocks() + j][i % LANES];
+                matrices[index * p.cells() + i * V + j] = rows[place(i / LANES, j, key_blocks, row_of_blocks())][i % LANES];
     }
     void load_normaliser(const Real *vectors) const {
         if (!p.normalise_readout) return;
@@ -258,10 +316,10 @@ template <class Real, bool DELTA, bool READS> struct Writing : Head<Real, DELTA,
         // from an empty memory too: 0 times NaN is NaN
         with_constant<STEPS>(std::min<int64_t>(STEPS, T), [&](auto n) {
             const auto next = key.from(0);
-            for (int64_t c = 0; c < this->value_blocks; ++c) {
-                Num *r = retrieved.vectors() + c * STEPS;
-                write_and_read<0, n, false>(memory.vectors() + c * K, K, next, next, next, r, r, r);
-            }
+            for_blocks(this->value_blocks, [&](auto width, int64_t c) {
+                auto *r = this->template at<width>(retrieved, c * STEPS);
+                write_and_read<0, n, false>(this->template at<width>(memory, c * K), K, next, next, next, r, r, r);
+            });
         });
     }
     void prepare(int64_t t) {
@@ -296,29 +354,31 @@ template <class Real, bool DELTA, bool READS> struct Writing : Head<Real, DELTA,
             share[s] = p.normalise_readout ? 1 / accumulate(t + s) : Real(1);
         }
         const auto overlap = this->template overlaps<N, DELTA, false>(k, k, n_keys);
-        Num *W = memory.vectors(), *ahead = retrieved.vectors();
-        for (int64_t c = 0; c < blocks; ++c, W += n_keys, ahead += STEPS) {
+        for_blocks(blocks, [&](auto width, int64_t c) __attribute__((always_inline)) {
+            using Columns = typename BlocksOf<Real, width>::type;
+            Columns *W = this->template at<width>(memory, c * n_keys);
+            Columns *ahead = this->template at<width>(retrieved, c * STEPS);
             const int64_t from = c * LANES, left = n_values - from;
-            Num values[N], e[N], u[N], read[N];
+            Columns values[N], e[N], u[N], read[N];
 #pragma GCC unroll 8
             for (int s = 0; s < N; ++s) {
-                u[s] = values[s] = load<Real>(v[s] + from, left);
-                read[s] = Num{};
+                u[s] = values[s] = load_blocks<Real, width>(v[s] + from, left);
+                read[s] = Columns{};
             }
             if (DELTA) {
                 corrected_values<N>(values, ahead, strength, overlap, e, u);
                 if (keeps)
 #pragma GCC unroll 8
-                    for (int s = 0; s < N; ++s) store<Real>(errors[s] + from, e[s], left);
+                    for (int s = 0; s < N; ++s) store_blocks<Real, width>(errors[s] + from, e[s], left);
             }
-            Num after[STEPS] = {};
+            Columns after[STEPS] = {};
             write_and_read<N, DELTA ? NEXT : 0, READS>(W, n_keys, k, q, next, u, read, after);
 #pragma GCC unroll 8
             for (int s = 0; s < NEXT; ++s) ahead[s] = after[s];
 #pragma GCC unroll 8
             for (int s = 0; s < N; ++s)
-                if (READS) store<Real>(o[s] + from, read[s] * share[s], left);
-        }
+                if (READS) store_blocks<Real, width>(o[s] + from, share[s] * read[s], left);
+        });
     }
     // z of one step, and what its read-out is divided by
     Real accumulate(int64_t t) {
@@ -346,6 +406,7 @@ template <class Real, bool DELTA, bool READS> struct Backward : Head<Real, DELTA
     Rows<const Real> grad_o{}, grad{}, output{}, scale{}, error{};
     Buffer<Real> ring, features;
     Real grad_scale[RING] = {};
+    const bool maps = p.phi(0).computes();
 
     Backward(const Problem &problem, const Tensors<Real> &tensors)
         : Base(problem, tensors), ring(p.normalise_readout ? RING * padded(V) : 0), features(padded(K) * 2 * STEPS) {}
@@ -381,21 +442,31 @@ template <class Real, bool DELTA, bool READS> struct Backward : Head<Real, DELTA
         }
         grad_scale[t & (RING - 1)] = -sum_lanes<Real>(total);
     }
-    // A block of the gradient of a step's features: kept in a slot until all are there, or written at once where there is
-    // no map.
-    template <bool ADD> void give_features(int64_t t, int slot, int64_t c, Num x, const Rows<Real> &to) {
-        if (p.phi(0).computes()) {
-            features.vectors()[slot * this->key_blocks + c] = x;
-            return;
-        }
-        const int64_t from = c * LANES, left = K - from;
-        if (ADD) x += load<Real>(to(t) + from, left);
-        store<Real>(to(t) + from, x, left);
+    // Blocks of the gradients of N steps' features, from block c on: kept in slots until all are there, or written at once
+    // where there is no map, with ADD to what is there already. All is read before anything is written: rows of tensors lie at
+    // the same places of pages, and a processor takes a read for one of what it has just written at that place of another page.
+    template <bool ADD, int WIDE, int N>
+    inline __attribute__((always_inline)) void give_features(Steps<Real> to, int slot, int64_t c, int64_t n_keys,
+                                                             typename BlocksOf<Real, WIDE>::type (&x)[N]) {
+        const int64_t from = c * LANES, left = n_keys - from;
+#pragma GCC unroll 8
+        for (int s = 0; s < N; ++s)
+            if (ADD && !maps) x[s] += load_blocks<Real, WIDE>(to[s] + from, left);
+#pragma GCC unroll 8
+        for (int s = 0; s < N; ++s)
+            if (__builtin_expect(maps, 0))
+                store_blocks<Real, WIDE>(features.numbers() + (slot + s) * this->key_blocks * LANES + from, x[s], WIDE * LANES);
+            else
+                store_blocks<Real, WIDE>(to[s] + from, x[s], left);
     }
     template <bool ADD> void give_inputs(int64_t t, int slot, FeatureRows<Real> &rows, const Rows<Real> &to) {
-        if (p.phi(0).computes()) rows.template pull_back<ADD>(t, features.vectors() + slot * this->key_blocks, to(t));
+        if (maps) rows.template pull_back<ADD>(t, features.vectors() + slot * this->key_blocks, to(t));
     }
     Num block(const Real *row, int64_t c) const { return load<Real>(row + c * LANES, K - c * LANES); }
+    // as many from block c on
+    template <int WIDE> auto blocks(const Real *row, int64_t c) const {
+        return load_blocks<Real, WIDE>(row + c * LANES, K - c * LANES);
+    }
 };
 
 // Backward in time: D = dL/dW, keys in the lanes. Gradients of v and beta, and what the writes give their keys. A pass
@@ -439,14 +510,20 @@ template <class Real, bool DELTA, bool READS> struct Receiving : Backward<Real, 
     }
     // D^T k of the memory before the pass, a block of it
     inline __attribute__((always_inline)) Num ask(const Real *k, int64_t from) {
-        const int64_t blocks = this->key_blocks, row = this->row_of_blocks(), n = V - from;
+        const int64_t n_blocks = this->key_blocks, row = this->row_of_blocks();
         Num totals[LANES] = {};
-        const Num *D = memory.vectors() + from;
-        for (int64_t b = 0; b < blocks; ++b, D += row) {
-            const Num keys = this->block(k, b);
+        for_blocks(n_blocks, [&](auto width, int64_t b) __attribute__((always_inline)) {
+            const auto keys = this->template blocks<width>(k, b);
+            const auto *D = this->template at<width>(memory, b * row) + from;
 #pragma GCC unroll 16
-            for (int j = 0; j < LANES; ++j) totals[j] += keys * D[j];
-        }
+            for (int j = 0; j < LANES; ++j)
+                if constexpr (width == 2) {
+                    totals[j] += keys.a * D[j].a;
+                    totals[j] += keys.b * D[j].b;
+                } else {
+                    totals[j] += keys * D[j];
+                }
+        });
         return LaneSums<Real, LANES>(totals).vector(0);
     }
     // what the writes receive, dL/dv and dL/dbeta
@@ -459,11 +536,15 @@ template <class Real, bool DELTA, bool READS> struct Receiving : Backward<Real, 
         Num along[N] = {};
         for (int64_t from = 0; from < n_values; from += LANES) {
             const int64_t left = n_values - from;
-            Num grads[N], received[N], loses[N];
+            Num grads[N], errors[N], received[N], loses[N];
+#pragma GCC unroll 8
+            for (int s = 0; s < N; ++s) {
+                grads[s] = READS ? load<Real>(g[s] + from, left) : Num{};
+                errors[s] = DELTA ? load<Real>(e[s] + from, left) : Num{};
+                received[s] = ask(k[s], from);
+            }
 #pragma GCC unroll 8
             for (int s = N - 1; s >= 0; --s) {
-                grads[s] = READS ? load<Real>(g[s] + from, left) : Num{};
-                received[s] = ask(k[s], from);
                 // what was computed last comes last: the others need not wait for it
 #pragma GCC unroll 8
                 for (int r = N - 1; r >= s; --r)
@@ -472,9 +553,10 @@ template <class Real, bool DELTA, bool READS> struct Receiving : Backward<Real, 
                 for (int r = N - 1; r > s; --r)
                     if (DELTA) received[s] -= overlap.strict(r, s) * loses[r];
                 loses[s] = DELTA ? strength[s] * received[s] : received[s];
-                if (DELTA) along[s] += received[s] * load<Real>(e[s] + from, left);
-                store<Real>(to[s] + from, loses[s], left);
+                if (DELTA) along[s] += received[s] * errors[s];
             }
+#pragma GCC unroll 8
+            for (int s = 0; s < N; ++s) store<Real>(to[s] + from, loses[s], left);
         }
         if (DELTA) {
             const LaneSums<Real, N> sums(along);
@@ -486,26 +568,31 @@ template <class Real, bool DELTA, bool READS> struct Receiving : Backward<Real, 
     inline __attribute__((always_inline)) void receive_keys(int64_t t, Steps<const Real> k, Steps<const Real> q,
                                                             Steps<const Real> e, Steps<const Real> g, const Real *strength) {
         const Steps<const Real> lost = grad_v.from(t);
-        const int64_t n_values = V, blocks = this->key_blocks, row = this->row_of_blocks();
-        Num *D = memory.vectors();
-        for (int64_t b = 0; b < blocks; ++b, D += row) {
-            Num keys[N], queries[N], gain[N] = {};
+        const Steps<Real> to = grad_k.from(t);
+        const int64_t n_keys = K, n_values = V, blocks = this->key_blocks, row = this->row_of_blocks();
+        for_blocks(blocks, [&](auto width, int64_t b) __attribute__((always_inline)) {
+            using Rows = typename BlocksOf<Real, width>::type;
+            Rows keys[N], queries[N], gain[N] = {};
 #pragma GCC unroll 8
             for (int s = 0; s < N; ++s) {
-                keys[s] = this->block(k[s], b);
-                queries[s] = this->block(q[s], b);
+                keys[s] = this->template blocks<width>(k[s], b);
+                queries[s] = this->template blocks<width>(q[s], b);
             }
+            auto *D = this->template at<width>(memory, b * row);
             ::receive_keys<N, DELTA, READS>(D, n_values, e, lost, g, keys, queries, gain);
 #pragma GCC unroll 8
             for (int s = N - 1; s >= 0; --s) {
-                gain[s] = gain[s] * strength[s];
+                gain[s] = strength[s] * gain[s];
                 if (p.normalise_readout) gain[s] += accumulate(t + s, b, queries[s]);
-                this->template give_features<false>(t + s, s, b, gain[s], grad_k);
             }
-        }
+            this->template give_features<false, width>(to, 0, b, n_keys, gain);
+        });
         for (int s = 0; s < N; ++s) this->template give_inputs<false>(t + s, s, key, grad_k);
     }
     // dL/dz, a block of it, which this read adds to and this write's key then receives
+    Two<Num> accumulate(int64_t t, int64_t c, const Two<Num> &query) const {
+        return {accumulate(t, c, query.a), accumulate(t, c + 1, query.b)};
+    }
     Num accumulate(int64_t t, int64_t c, Num query) const {
         Num *sums = z.vectors() + c;
         if (READS) *sums += query * this->grad_scale[t & (RING - 1)];
@@ -553,30 +640,36 @@ template <class Real, bool DELTA, bool READS> struct Rewriting : Backward<Real, 
         const Steps<const Real> k = key.from(t), e = error.from(t), g = (READS ? grad : error).from(t), r = grad_v.from(t);
         Real strength[N];
         for (int s = 0; s < N; ++s) strength[s] = this->strength(t + s);
-        const int64_t n_values = V, blocks = this->key_blocks, row = this->row_of_blocks();
-        Num *W = memory.vectors();
-        for (int64_t c = 0; c < blocks; ++c, W += row) {
-            Num writes[N], loss[N] = {}, queries[N] = {};
+        const Steps<Real> to_query = grad_q.from(t), to_key = grad_k.from(t);
+        const int64_t n_keys = K, n_values = V, blocks = this->key_blocks, row = this->row_of_blocks();
+        for_blocks(blocks, [&](auto width, int64_t c) __attribute__((always_inline)) {
+            using Rows = typename BlocksOf<Real, width>::type;
+            Rows writes[N], loss[N] = {}, queries[N] = {};
 #pragma GCC unroll 8
-            for (int s = 0; s < N; ++s) writes[s] = this->block(k[s], c) * strength[s];
-            read_keys<N, DELTA, READS>(W, n_values, e, r, g, writes, loss, queries);
+            for (int s = 0; s < N; ++s) writes[s] = strength[s] * this->template blocks<width>(k[s], c);
+            read_keys<N, DELTA, READS>(this->template at<width>(memory, c * row), n_values, e, r, g, writes, loss, queries);
 #pragma GCC unroll 8
             for (int s = 0; s < N; ++s) {
-                if (READS && p.normalise_readout) queries[s] += accumulate(t + s, c);
-                if (READS) this->template give_features<false>(t + s, s, c, queries[s], grad_q);
-                if (DELTA) this->template give_features<true>(t + s, STEPS + s, c, -loss[s], grad_k);
+                loss[s] = -loss[s];
+                if (READS && p.normalise_readout) queries[s] += accumulate<width>(t + s, c);
             }
-        }
+            if (DELTA) this->template give_features<true, width>(to_key, STEPS, c, n_keys, loss);
+            if (READS) this->template give_features<false, width>(to_query, 0, c, n_keys, queries);
+        });
         for (int s = 0; s < N; ++s) {
             if (READS) this->template give_inputs<false>(t + s, s, query, grad_q);
             if (DELTA) this->template give_inputs<true>(t + s, STEPS + s, key, grad_k);
         }
     }
     // a block of z, which this write's key is added to, times the gradient of z . q
-    Num accumulate(int64_t t, int64_t c) const {
-        Num *sums = z.vectors() + c;
-        *sums += this->block(key(t), c);
-        return *sums * this->grad_scale[t & (RING - 1)];
+    template <int WIDE> typename BlocksOf<Real, WIDE>::type accumulate(int64_t t, int64_t c) const {
+        if constexpr (WIDE == 2) {
+            return {accumulate<1>(t, c), accumulate<1>(t, c + 1)};
+        } else {
+            Num *sums = z.vectors() + c;
+            *sums += this->block(key(t), c);
+            return *sums * this->grad_scale[t & (RING - 1)];
+        }
     }
     void finish() const {}
 };
