@@ -8,6 +8,7 @@ import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib as mpl
@@ -32,12 +33,15 @@ TITLE_LINE, SUBTITLE = 0.2, 0.42
 LEGEND_COLUMNS = {3: 29, 2: 42}
 TITLE_LENGTH = 64
 DOTS = (0, (1.5, 2))
-FOOTER_LENGTH = 130
+FOOTER_LENGTH = 120
 MOST_TICKS = 12
+# up to so many points, rows stand beside each other, over these shares of the way to the next point and of the whole
+FEW_POINTS, BESIDE, MOST_BESIDE = 6, 0.2, 0.05
 # filled for ours, hollow for the authors', as all markers
 UP, DOWN, ONWARD = "$\u2191$", "$\u2193$", "$\u2192$"
 HOLLOW_UP, HOLLOW_DOWN, HOLLOW_ONWARD = "$\u21e7$", "$\u21e9$", "$\u21e8$"
 ARROWS = ((UP, DOWN, ONWARD), (HOLLOW_UP, HOLLOW_DOWN, HOLLOW_ONWARD))
+BAR = "|"
 CROSS, HOLLOW_CROSS = "x", "$\u2297$"
 AUTHORS = "authors' released run"
 Points = list[tuple[float, float]]
@@ -131,24 +135,27 @@ def style() -> Iterator[None]:
 def _capacity_plot(axes: Axes, selection: Selection, cells: Sequence[Cell], looks: dict[str, Look]) -> dict[str, str]:
     plan = selection.plan
     numbers = sorted({_number_of(point) for point in plan.points})
-    margin = 0.03 * (numbers[-1] - numbers[0]) or 0.5
+    aside = _beside_each_other(plan, cells, numbers)
+    margin = (0.03 * (numbers[-1] - numbers[0]) or 0.5) + max(aside.values())
     _prepare(axes, plan, (numbers[0] - margin, numbers[-1] + margin))
     if len(numbers) <= MOST_TICKS:
         axes.xaxis.set_major_locator(FixedLocator(numbers))
     brush = _Brush(axes, "beyond the axes")
+    if any(_has_bar(cell, plan.statistic) for cell in cells):
+        brush.marks["worst to best seed"] = BAR
     for layer, row in enumerate(reversed(plan.rows)):
         mine = sorted((cell for cell in cells if cell.row == row), key=lambda cell: _number_of(cell.point))
         found = [cell for cell in mine if plan.statistic in cell.released]
-        theirs = [(_number_of(cell.point), cell.released[plan.statistic].value) for cell in found]
+        theirs = [(_number_of(cell.point) + aside[row], cell.released[plan.statistic].value) for cell in found]
         if theirs:
             axes.plot(*_columns(theirs), color=looks[row].colour, linewidth=0.7, linestyle=DOTS, alpha=0.6, zorder=2)
             brush.markers(theirs, looks[row], hollow=True, zorder=3 + 0.01 * layer)
-        ours = [(_number_of(cell.point), cell.ours[plan.statistic].mean) for cell in mine]
+        ours = [(_number_of(cell.point) + aside[row], cell.ours[plan.statistic].mean) for cell in mine]
         axes.plot(*_columns(ours), color=looks[row].colour, linewidth=0.9, zorder=4 + 0.01 * layer)
-        _band(axes, mine, plan.statistic, looks[row].colour)
+        _seed_bars(axes, mine, aside[row], plan.statistic, looks[row].colour)
         ended = [pair for pair, cell in zip(ours, mine, strict=True) if cell.ours[plan.statistic].n_found]
         # a point where some seeds diverged has its mean and a cross
-        split = [(_number_of(cell.point), math.nan) for cell in mine if _split(cell.ours[plan.statistic])]
+        split = [(_number_of(cell.point) + aside[row], math.nan) for cell in mine if _split(cell.ours[plan.statistic])]
         brush.markers([*ended, *split], looks[row], hollow=False, zorder=5 + 0.01 * layer)
     return brush.marks
 
@@ -157,13 +164,27 @@ def _split(found: Summary) -> bool:
     return bool(found.values) and found.n_diverged > 0
 
 
-def _band(axes: Axes, cells: Sequence[Cell], statistic: str, colour: str) -> None:
+def _beside_each_other(plan: Plan, cells: Sequence[Cell], numbers: Sequence[float]) -> dict[str, float]:
+    """How far to the side of its number a row is drawn: where bars of many rows would cover one another."""
+    several = [row for row in plan.rows if any(_has_bar(cell, plan.statistic) for cell in cells if cell.row == row)]
+    x = plan.spec.x
+    if len(several) < 2 or not 1 < len(numbers) <= FEW_POINTS or x.limits or x.scale != "linear":
+        return dict.fromkeys(plan.rows, 0.0)
+    width = min(*(BESIDE * (b - a) for a, b in pairwise(numbers)), MOST_BESIDE * (numbers[-1] - numbers[0]))
+    last = len(plan.rows) - 1
+    return {row: (i / last - 0.5) * width for i, row in enumerate(plan.rows)}
+
+
+def _has_bar(cell: Cell, statistic: str) -> bool:
+    return len(cell.ours[statistic].values) > 1
+
+
+def _seed_bars(axes: Axes, cells: Sequence[Cell], aside: float, statistic: str, colour: str) -> None:
     # from the worst to the best seed
-    several = [cell for cell in cells if len(cell.ours[statistic].values) > 1]
-    if several:
-        numbers = [_number_of(cell.point) for cell in several]
-        lows, highs = ([end(cell.ours[statistic].values) for cell in several] for end in (min, max))
-        axes.fill_between(numbers, lows, highs, color=colour, alpha=0.16, linewidth=0, zorder=1)
+    several = [cell for cell in cells if _has_bar(cell, statistic)]
+    numbers = [_number_of(cell.point) + aside for cell in several]
+    lows, highs = ([end(cell.ours[statistic].values) for cell in several] for end in (min, max))
+    axes.vlines(numbers, lows, highs, color=colour, alpha=0.55, linewidth=1.4, zorder=2.5)
 
 
 def _learning_curves(axes: Axes, selection: Selection, cells: Sequence[Cell], looks: dict[str, Look]) -> dict[str, str]:
@@ -281,6 +302,8 @@ def _handles(plan: Plan, looks: dict[str, Look], marks: dict[str, str]) -> list[
                 line.set_label("authors' run, last evaluation")
         elif marks[words] == CROSS:
             line.set(markersize=4, markeredgewidth=1.2)
+        elif marks[words] == BAR:
+            line.set(markersize=8, markeredgewidth=1.4, alpha=0.55)
         else:
             line.set(markersize=7, markeredgewidth=0.2)
         handles.append(line)

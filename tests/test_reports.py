@@ -277,7 +277,8 @@ def test_diverged_points_are_crosses_at_the_top_edge_with_a_legend_entry(full: B
     assert {marker for marker, _ in markers_at(axes, 40, 1 - 0.026)} == {figures.CROSS}
     assert {marker for marker, _ in markers_at(axes, 40, 1.0)} == {figures.HOLLOW_CROSS}
     assert legend_of(axes) == [
-        *("DPFP-1", "Linear", "authors' released run", "diverged (NaN)", "authors' run diverged (NaN)")
+        *("DPFP-1", "Linear", "authors' released run", "diverged (NaN)", "worst to best seed"),
+        "authors' run diverged (NaN)",
     ]
 
 
@@ -346,6 +347,36 @@ def test_point_where_one_seed_diverged_has_its_mean_and_a_cross(bench: Bench) ->
 def test_point_below_the_axis_is_an_arrow_at_its_edge(full: Bench) -> None:
     axes = axes_of(full, protocol="corrected")
     assert {marker for marker, _ in markers_at(axes, 20, 0.001)} == {figures.DOWN}
+
+
+def test_bars_reach_from_the_best_to_the_worst_seed_and_stand_beside_each_other(bench: Bench) -> None:
+    for row, values in {"Linear": (0.5, 0.25, 0.375), "DPFP-1": (0.45, 0.2, 0.25)}.items():
+        for seed, value in enumerate(values, 1):
+            bench.add(row, [0.9, value], seed=seed)
+    bench.add("Linear", [0.6], point="n_keys=40")
+    axes = axes_of(bench)
+    bars = [segment for drawn in axes.collections for segment in drawn.get_segments()]
+    assert sorted((round(min(y), 9), round(max(y), 9)) for _, y in (bar.T for bar in bars)) == [
+        (0.2, 0.45),
+        (0.25, 0.5),
+    ]
+    places = sorted(x for bar in bars for x in bar[:1, 0])
+    # apart, and nearer to their own number than to the next
+    assert 0 < places[1] - places[0] < 0.2 * 20
+    assert places[0] + places[1] == pytest.approx(40)
+    assert places[0] > axes.get_xlim()[0]
+    # the mean's marker is on its bar
+    assert markers_at(axes, places[1], 0.375) == {(LOOKS["Linear"].marker, LOOKS["Linear"].colour)}
+    assert legend_of(axes)[2:] == ["worst to best seed"]
+
+
+def test_no_bar_and_no_step_aside_without_further_seeds(bench: Bench) -> None:
+    for row in ("Linear", "DPFP-1"):
+        bench.add(row, [0.4])
+    axes = axes_of(bench)
+    assert not [segment for drawn in axes.collections for segment in drawn.get_segments()]
+    assert len(markers_at(axes, 20, 0.4)) == 2
+    assert legend_of(axes) == ["DPFP-1", "Linear"]
 
 
 def test_learning_curves_end_in_a_marker_and_show_the_released_end(full: Bench) -> None:
