@@ -128,8 +128,8 @@ def test_numbers_of_the_audits_are_those_of_the_results() -> None:
     whole, released, bare_whole, bare_released = CARRIED
     ends = [f"{first[row, ''][0]:.0f}" for row in (whole, released)]
     assert f"at validation perplexities of {' and '.join(ends)}." in text
-    ends = [f"{seed[bare_released, ''][0]:.0f}" for seed in (first, second)]
-    assert f"at {' and '.join(ends)} with seeds 1 and 2" in text
+    ends = [f"{seed[bare_released, ''][0]:.0f}" for seed in (first, second, third)]
+    assert "at {}, {} and {} with seeds 1, 2 and 3".format(*ends) in text
     ends = [f"{seed[bare_whole, ''][0]:.0f}" for seed in (first, third)]
     assert f"with seeds 1 and 3 ({' and '.join(ends)}) and not with seed 2 ({second[bare_whole, ''][0]:.0f} at" in text
     (last, best) = last_and_best("audit_carried_gradient", "valid", "segment_perplexity", 2)[bare_whole, ""]
