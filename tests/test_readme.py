@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,21 @@ def test_numbers_of_the_audits_are_those_of_the_results() -> None:
     assert f"with seeds 1 and 3 ({' and '.join(ends)}) and not with seed 2 ({second[bare_whole, ''][0]:.0f} at" in text
     (last, best) = last_and_best("audit_carried_gradient", "valid", "segment_perplexity", 2)[bare_whole, ""]
     assert last > 1.2 * best
+
+
+def test_perplexities_with_and_without_sum_normalisation_are_those_of_the_results() -> None:
+    runs = pd.read_csv(ROOT / "results" / "runs.csv", keep_default_na=False)
+    runs = runs[(runs.experiment == "audit_lm") & (runs.profile == "short") & (runs.protocol == "corrected")]
+    without = runs[runs.row == "Delta Network, sum norm no"]
+    assert list(without.status) == ["diverged"] * 3
+    metrics = pd.read_csv(ROOT / "results" / "metrics.csv")
+    trained = metrics[metrics.run_key.isin(without.run_key) & (metrics.split == "train") & (metrics.metric == "loss")]
+    # the first 100 steps are one line
+    assert list(trained.step) == [100] * 3
+    assert trained.value.isna().all()
+    ends = [last_and_best("audit_lm", "valid", "perplexity", seed)["Delta Network", ""][0] for seed in (1, 2, 3)]
+    text = " ".join(README.split())
+    assert f"ends at {statistics.mean(ends):.1f} (standard deviation {statistics.stdev(ends):.1f})" in text
 
 
 CARRIED = (
