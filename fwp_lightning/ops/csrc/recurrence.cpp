@@ -509,19 +509,21 @@ template <class Real, bool DELTA, bool READS> struct Receiving : Backward<Real, 
         receive_keys<N>(t, k, q, e, g, strength);
     }
     // D^T k of the memory before the pass, a block of it
-    inline __attribute__((always_inline)) Num ask(const Real *k, int64_t from) {
-        const int64_t n_blocks = this->key_blocks, row = this->row_of_blocks();
+    inline __attribute__((always_inline)) static Num ask(const Num *D, int64_t row, int64_t blocks, const Real *k,
+                                                         int64_t n_keys, int64_t from) {
         Num totals[LANES] = {};
-        for_blocks(n_blocks, [&](auto width, int64_t b) __attribute__((always_inline)) {
-            const auto keys = this->template blocks<width>(k, b);
-            const auto *D = this->template at<width>(memory, b * row) + from;
+        for_blocks(blocks, [&](auto width, int64_t b) __attribute__((always_inline)) {
+            const auto keys = load_blocks<Real, width>(k + b * LANES, n_keys - b * LANES);
+            const auto *d = reinterpret_cast<const typename BlocksOf<Real, width>::type *>(D + b * row) + from;
+            // one address and sixteen distances: the compiler would keep sixteen addresses, more than there are registers
+            asm("" : "+r"(d));
 #pragma GCC unroll 16
             for (int j = 0; j < LANES; ++j)
                 if constexpr (width == 2) {
-                    totals[j] += keys.a * D[j].a;
-                    totals[j] += keys.b * D[j].b;
+                    totals[j] += keys.a * d[j].a;
+                    totals[j] += keys.b * d[j].b;
                 } else {
-                    totals[j] += keys * D[j];
+                    totals[j] += keys * d[j];
                 }
         });
         return LaneSums<Real, LANES>(totals).vector(0);
@@ -530,7 +532,8 @@ template <class Real, bool DELTA, bool READS> struct Receiving : Backward<Real, 
     template <int N>
     inline __attribute__((always_inline)) void receive_values(int64_t t, Steps<const Real> k, Steps<const Real> q,
                                                               Steps<const Real> e, Steps<const Real> g, const Real *strength) {
-        const int64_t n_keys = K, n_values = V;
+        const int64_t n_keys = K, n_values = V, blocks = this->key_blocks, row = this->row_of_blocks();
+        const Num *D = memory.vectors();
         const Steps<Real> to = grad_v.from(t);
         const auto overlap = this->template overlaps<N, DELTA, READS>(k, q, n_keys);
         Num along[N] = {};
@@ -541,7 +544,7 @@ template <class Real, bool DELTA, bool READS> struct Receiving : Backward<Real, 
             for (int s = 0; s < N; ++s) {
                 grads[s] = READS ? load<Real>(g[s] + from, left) : Num{};
                 errors[s] = DELTA ? load<Real>(e[s] + from, left) : Num{};
-                received[s] = ask(k[s], from);
+                received[s] = ask(D, row, blocks, k[s], n_keys, from);
             }
 #pragma GCC unroll 8
             for (int s = N - 1; s >= 0; --s) {
@@ -625,7 +628,8 @@ template <class Real, bool DELTA, bool READS> struct Rewriting : Backward<Real, 
         this->load_normaliser(x.z);
     }
     void step(int64_t t) {
-        // the pass before this one has just read them
+        // the pass before this one has just read the others
+        if (READS) this->fetch(t + AHEAD, grad_q);
         if (p.far_rows(sizeof(Real))) fetch_rows(t + AHEAD);
         const int64_t left = T - t;
         if (left >= STEPS) return write<STEPS>(t);
@@ -633,7 +637,7 @@ template <class Real, bool DELTA, bool READS> struct Rewriting : Backward<Real, 
     }
     inline __attribute__((always_inline)) void fetch_rows(int64_t t) const {
         this->fetch(t, key, error);
-        if (READS) this->fetch(t, this->grad_o, grad_q);
+        if (READS) this->fetch(t, this->grad_o);
         if (DELTA) this->fetch(t, grad_k, grad_v);
     }
     template <int N> void write(int64_t t) {
