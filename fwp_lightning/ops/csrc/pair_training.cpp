@@ -28,6 +28,8 @@ constexpr double LAYER_NORM_EPS = 1e-5;
 
 // of the right factor of a product, which every tile of rows reads again: it shall stay in the second cache
 constexpr int64_t PANEL_BYTES = 256 * 1024;
+// of rows of a gradient that Adam takes before the next are computed
+constexpr int64_t ROWS_BYTES = 128 * 1024;
 
 template <class Real> struct Problem {
     int64_t batch, pairs, n_keys, n_embedding, size;  // B, T, S, e, D
@@ -145,6 +147,29 @@ inline Lanes<double>::type tanh_precisely(Lanes<double>::type x) {
     return x;
 }
 
+template <class Real> struct Adam {
+    Real rate, eps, b1, b2, c1, c2;
+
+    Adam(const Problem<Real> &p, int64_t steps) : b1(p.beta1), b2(p.beta2), c1(1 - p.beta1), c2(1 - p.beta2) {
+        const Real first = 1 - std::pow(p.beta1, double(steps)), second = 1 - std::pow(p.beta2, double(steps));
+        // numerator and denominator both times the root: one division a number instead of two
+        const Real root = std::sqrt(second);
+        rate = p.lr / first * root, eps = p.adam_eps * root;
+    }
+    // `count` numbers of a parameter from number `from` on; their gradients are the first of p.gradients
+    void update(const Problem<Real> &p, int parameter, int64_t from, int64_t count) const {
+        const auto [rate, eps, b1, b2, c1, c2] = *this;
+        Real *__restrict w = p.parameters[parameter] + from, *__restrict mean = p.means[parameter] + from;
+        Real *__restrict square = p.squares[parameter] + from;
+        const Real *__restrict g = p.gradients[parameter];
+        for (int64_t j = 0; j < count; ++j) {
+            mean[j] = b1 * mean[j] + c1 * g[j];
+            square[j] = b2 * square[j] + c2 * g[j] * g[j];
+            w[j] -= rate * mean[j] / (std::sqrt(square[j]) + eps);
+        }
+    }
+};
+
 // SIZE is D where the compiler shall know it, so that loops over D unroll; 0 leaves it to the problem.
 template <class Real, int64_t SIZE> class Training {
   public:
@@ -169,7 +194,29 @@ template <class Real, int64_t SIZE> class Training {
         return n;
     }
 
-    // loss of step n, its gradients in p.gradients
+    // loss of the one step, all its gradients in p.gradients
+    Real gradients() {
+        const Real loss = step(0);
+        embedding_gradient(0, S, p.gradients[EMBEDDING]);
+        return loss;
+    }
+    // loss of step n, after which Adam takes it
+    Real train(int64_t n) {
+        const Real loss = step(n);
+        const Adam adam(p, p.steps_done + n + 1);
+        // a few rows of dL/dE at a time, each in the place of those before: they never leave the cache
+        const int64_t fitting = ROWS_BYTES / (e * int64_t(sizeof(Real))), block = std::max<int64_t>(1, fitting / TILE_ROWS) * TILE_ROWS;
+        for (int64_t first = 0; first < S; first += block) {
+            const int64_t rows = std::min(block, S - first);
+            embedding_gradient(first, rows, p.gradients[EMBEDDING]);
+            adam.update(p, EMBEDDING, first * e, rows * e);
+        }
+        for (int i = EMBEDDING + 1; i < PARAMETERS; ++i) adam.update(p, i, 0, p.count(i));
+        return loss;
+    }
+
+  private:
+    // loss of step n, gradients of all but the embedding in p.gradients
     Real step(int64_t n) {
         keys = p.keys + n * B * T, values = p.values + n * B * T, queries = p.queries + n * B, targets = p.targets + n * B;
         directions = p.map == FAVOR ? p.directions + (p.directions_per_step ? n * m * D() : 0) : nullptr;
@@ -185,24 +232,6 @@ template <class Real, int64_t SIZE> class Training {
         return loss / B;
     }
 
-    void adam(int64_t steps) {
-        const Real first = 1 - std::pow(p.beta1, double(steps)), second = 1 - std::pow(p.beta2, double(steps));
-        // numerator and denominator both times the root: one division a number instead of two
-        const Real root = std::sqrt(second), rate = p.lr / first * root, eps = p.adam_eps * root;
-        const Real b1 = p.beta1, b2 = p.beta2, c1 = 1 - p.beta1, c2 = 1 - p.beta2;
-        for (int i = 0; i < PARAMETERS; ++i) {
-            Real *__restrict w = p.parameters[i], *__restrict mean = p.means[i], *__restrict square = p.squares[i];
-            const Real *__restrict g = p.gradients[i];
-            const int64_t count = p.count(i);
-            for (int64_t j = 0; j < count; ++j) {
-                mean[j] = b1 * mean[j] + c1 * g[j];
-                square[j] = b2 * square[j] + c2 * g[j] * g[j];
-                w[j] -= rate * mean[j] / (std::sqrt(square[j]) + eps);
-            }
-        }
-    }
-
-  private:
     int64_t D() const { return SIZE ? SIZE : p.size; }
     int64_t row() const { return padded(D()); }
     int64_t ring() const { return padded(2 * D()); }
@@ -303,20 +332,25 @@ template <class Real, int64_t SIZE> class Training {
         Real *const *g = p.gradients;
         transpose(g[W_K], p.n_pair(), S, grad_value_table, row(), S, D());
         product({grad_key_table, 1, row()}, D(), e, S, E, e, 0, g[W_K] + S, p.n_pair());
-        product({grad_key_table, row(), 1}, S, e, D(), W + S, p.n_pair(), 0, g[EMBEDDING], e);
         column_sums(grad_key_table, S, g[B_K]);
         product({grad_query, 1, row()}, D(), e, B, queried, e, 0, g[W_Q], e);
         column_sums(grad_query, B, g[B_Q]);
         product({grad_query, row(), 1}, B, e, D(), p.parameters[W_Q], e, 0, grad_queried, e);
-        for (int64_t b = 0; b < B; ++b)
-            for (int64_t i = 0; i < e; ++i) g[EMBEDDING][queries[b] * e + i] += grad_queried[b * e + i];
         if (!p.has_beta()) return;
-        const Real *w = p.parameters[W_BETA] + S;
         std::copy_n(grad_value_beta, S, g[W_BETA]);
         product({grad_key_beta, S, 1}, 1, e, S, E, e, 0, g[W_BETA] + S, e);
-        product({grad_key_beta, 1, 1}, S, e, 1, w, e, 1, g[EMBEDDING], e);
         *g[B_BETA] = 0;
         for (int64_t i = 0; i < S; ++i) *g[B_BETA] += grad_key_beta[i];
+    }
+    // some rows of dL/dE, of keys and of those that are queried
+    void embedding_gradient(int64_t first, int64_t rows, Real *to) const {
+        product({grad_key_table + first * row(), row(), 1}, rows, e, D(), p.parameters[W_K] + S, p.n_pair(), 0, to, e);
+        for (int64_t b = 0; b < B; ++b) {
+            const int64_t place = queries[b] - first;
+            if (place < 0 || place >= rows) continue;
+            for (int64_t i = 0; i < e; ++i) to[place * e + i] += grad_queried[b * e + i];
+        }
+        if (p.has_beta()) product({grad_key_beta + first, 1, 1}, rows, e, 1, p.parameters[W_BETA] + S, e, 1, to, e);
     }
 
     static Real inner_product(const Real *a, const Real *b, int64_t n) {
@@ -1312,14 +1346,11 @@ template <class Real, int64_t SIZE> class Training {
 // the paper's D
 constexpr int64_t KNOWN = 64;
 
-template <class Real, int64_t SIZE> void gradients(const Problem<Real> &p) { p.losses[0] = Training<Real, SIZE>(p).step(0); }
+template <class Real, int64_t SIZE> void gradients(const Problem<Real> &p) { p.losses[0] = Training<Real, SIZE>(p).gradients(); }
 
 template <class Real, int64_t SIZE> void steps(const Problem<Real> &p) {
     Training<Real, SIZE> training(p);
-    for (int64_t n = 0; n < p.n_steps; ++n) {
-        p.losses[n] = training.step(n);
-        training.adam(p.steps_done + n + 1);
-    }
+    for (int64_t n = 0; n < p.n_steps; ++n) p.losses[n] = training.train(n);
 }
 
 }  // namespace
