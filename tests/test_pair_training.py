@@ -132,11 +132,35 @@ def test_favor_keeps_its_digits_where_the_two_halves_of_a_key_cancel(name: str) 
         assert float((ours - exact).detach().abs().max()) <= 1e-3 * float(exact.detach().abs().max()) + 1e-6
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_block_of_steps_equals_torch_adam_step_by_step(name: str) -> None:
+@pytest.mark.parametrize("size", [30.0, 50.0, 80.0, 86.9, 120.0])
+@pytest.mark.parametrize("name", ["elu sum", "elu delta"])
+def test_elu_keeps_its_digits_where_key_and_value_halves_are_large(name: str, size: float) -> None:
+    """Exponentials of table rows are multiplied as long as each is a normal number: products may leave the range."""
+    model = build(CONFIGS[name], 6, 16)
+    with torch.no_grad():
+        model.b_k.zero_()
+        halves = torch.nn.functional.linear(model.key_embedding, model.W_k[:, 6:])
+        largest = halves.abs().max()
+        model.W_k[:, 6:] *= size / largest
+        # for every second id a value half against its key half, for the others one along it
+        signs = torch.tensor([-0.99, 0.99]).repeat(3).double()
+        model.W_k[:, :6] = (size / largest * halves * signs[:, None]).T
+    ids = torch.arange(6).repeat(2, 1).unsqueeze(0)
+    batches = PairBatches(ids, ids, ids[..., 1:2], ids[..., 1:2])
+    exact = in_pytorch(model, batches)
+    for ours, truth in zip(in_cpp(model, batches), exact, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-8, atol=1e-10)
+    for ours, truth in zip(in_cpp(model.float(), batches), exact, strict=True):
+        # as above
+        assert float((ours - truth).detach().abs().max()) <= 1e-3 * float(truth.detach().abs().max()) + 1e-6
+
+
+# of 130 keys Adam takes the embedding in blocks of rows, of which the last is smaller
+@pytest.mark.parametrize(("name", "n_keys"), [*((name, 7) for name in CONFIGS), ("elu sum", 130), ("dpfp-1 delta", 130)])
+def test_a_block_of_steps_equals_torch_adam_step_by_step(name: str, n_keys: int) -> None:
     config = CONFIGS[name]
-    batches = draw(5, 4, 9, 7)
-    ours, theirs = build(config, 7, 16), build(config, 7, 16)
+    batches = draw(5, 4, 9, n_keys)
+    ours, theirs = build(config, n_keys, 16), build(config, n_keys, 16)
     optimizer = torch.optim.Adam(theirs.parameters(), lr=1e-2)
     expected = []
     for keys, values, query, target in zip(*batches, strict=True):

@@ -552,8 +552,9 @@ template <class Real, int64_t SIZE> class Training {
             store(value_exp + i, exp_of(b));
             high = larger(high, larger(a < 0 ? -a : a, b < 0 ? -b : b));
         }
-        // beyond, or with a NaN, a factor may leave the range although their product is a number of moderate size
-        has_exponentials = largest<Real>(high) <= -FLOOR<Real> / 2 && !has_nan(high);
+        // Beyond, or with a NaN, a factor may leave the range although the product of both is a number of moderate size. A
+        // product that leaves it is as far beyond what ELU can tell from 0 or from 1.
+        has_exponentials = largest<Real>(high) < -FLOOR<Real> && !has_nan(high);
     }
     static bool has_nan(V x) {
         bool found = false;
