@@ -143,19 +143,39 @@ def test_a_formulation_with_other_losses_gets_no_number(monkeypatch: pytest.Monk
     assert any(line.startswith("factored is not measured for Linear delta at S=5: its losses are off") for line in told)
 
 
+@pytest.mark.parametrize("n_keys", [7, 61])
 @pytest.mark.parametrize("row", retrieval.ROWS)
-def test_the_released_formulation_has_our_loss_gradients_and_evaluation(row: str) -> None:
+def test_the_released_formulation_has_our_loss_gradients_and_evaluation(row: str, n_keys: int) -> None:
     attention = retrieval.ROWS[row]
-    # more queries than a split has
-    data = RetrievalData(n_keys=60, replacement=attention.rule != "sum", batch_size=4, evaluation_sequences=1, seed=0)
+    # neither 7 nor 61 queries are whole batches
+    data = RetrievalData(n_keys=n_keys, replacement=attention.rule != "sum", batch_size=5, seed=0)
     few = RetrievalBlock(*(x[:1] for x in data.block(0)))
-    exact = functools.partial(retrieval.trainer_of, attention, 60, dtype=torch.float64, clock=clocks.CPU)
+    exact = functools.partial(retrieval.trainer_of, attention, n_keys, dtype=torch.float64, clock=clocks.CPU)
     assert retrieval._inexactness(exact, few) is None
     released, ours = exact("released"), exact("factored")
-    keys, values, queries, targets, _ = data.evaluation(0)
-    chunks = retrieval_loss(ours.model(keys, values, queries), targets)[0].split(32)
-    found = released.evaluate(keys[0], values[0], queries[0], targets[0])
+    sequence = released_retrieval.draw_evaluation(data, np.random.RandomState(3))
+    keys, values, queries, targets = (x[0] for x in sequence)
+    chunks = retrieval_loss(ours.model(keys[:1], values[:1], queries.T), targets.T)[0].split(5)
+    found = released.evaluate(sequence, 5)
     torch.testing.assert_close(found, torch.stack([chunk.mean() for chunk in chunks]).mean(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("row", retrieval.ROWS)
+def test_what_the_released_formulation_computes_in_vain_learns_nothing(row: str) -> None:
+    attention = retrieval.ROWS[row]
+    data = RetrievalData(n_keys=5, replacement=attention.rule != "sum", batch_size=4, steps_per_block=1, seed=0)
+    released = retrieval.trainer_of(attention, 5, "released", torch.float32, clocks.CPU)
+    called: list[torch.Size] = []
+    released.model.to_forget.register_forward_hook(lambda _map, _pairs, result: called.append(result.shape))
+    released.take(data.block(0))
+    assert called == [(4, data.length, 64)]
+    vain = {"to_value.weight", "to_value.bias", "to_forget.weight", "to_forget.bias", "values.weight"}
+    if attention.rule == "sum":
+        vain |= {"to_beta.weight", "to_beta.bias"}
+    assert {name for name, parameter in released.model.named_parameters() if parameter.grad is None} == vain
+    # nodes that outlive their step scatter what the next one allocates
+    assert isinstance(released, released_retrieval.ReleasedTrainer)
+    assert released.latest.grad_fn is not None
 
 
 @pytest.mark.parametrize("row", ["DPFP-3", "Linear delta"])
@@ -178,13 +198,81 @@ def test_a_released_formulation_with_other_gradients_gets_no_number(row: str, mo
 @pytest.mark.parametrize("replacement", [False, True])
 def test_the_released_data_are_of_the_task(replacement: bool) -> None:
     data = RetrievalData(n_keys=6, replacement=replacement, seed=0)
-    keys, values, query, target = (x[0] for x in released_retrieval.draw_step(data, np.random.default_rng(3)))
+    keys, values, query, target = (x[0] for x in released_retrieval.draw_step(data, np.random.RandomState(3)))
     assert keys.shape == values.shape == (32, data.length)
     for ks, vs, q, t in zip(keys.tolist(), values.tolist(), query[:, 0].tolist(), target[:, 0].tolist(), strict=True):
         assert q in ks
         assert dict(zip(ks, vs, strict=True))[q] == t
         if not replacement:
             assert sorted(ks) == sorted(vs) == list(range(6))
+
+
+@pytest.mark.parametrize("max_queries", [0, 3])
+@pytest.mark.parametrize("replacement", [False, True])
+def test_the_released_evaluation_asks_for_every_key_of_a_sequence(replacement: bool, max_queries: int) -> None:
+    data = RetrievalData(n_keys=9, replacement=replacement, max_queries=max_queries, seed=0)
+    keys, values, query, target = (x[0] for x in released_retrieval.draw_evaluation(data, np.random.RandomState(3)))
+    # S pairs in both settings, the same for every query
+    ks, vs = keys[0].tolist(), values[0].tolist()
+    assert len(ks) == 9
+    assert (keys == keys[0]).all()
+    assert (values == values[0]).all()
+    asked = sorted(set(ks))[: max_queries or None]
+    assert query[:, 0].tolist() == asked
+    assert target[:, 0].tolist() == [dict(zip(ks, vs, strict=True))[key] for key in asked]
+    assert len(keys) == len(values) == len(asked)
+
+
+def test_drawing_is_in_the_time_of_the_released_formulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Recorded(clocks.Clock):
+        def seconds(self, function: clocks.Function) -> float:
+            done.append("begin")
+            function()
+            return float(done.count("begin"))
+
+    for name in ("draw_step", "draw_evaluation"):
+        monkeypatch.setattr(released_retrieval, name, recorded(name, getattr(released_retrieval, name), done))
+    for name in ("take", "evaluate"):
+        owner = released_retrieval.ReleasedTrainer
+        monkeypatch.setattr(owner, name, recorded(name, getattr(owner, name), done))
+    data = RetrievalData(n_keys=5, steps_per_block=10, evaluation_sequences=4, seed=0)
+    clock = Recorded("recorded", lambda: 0.0)
+    trainer = retrieval.trainer_of(retrieval.ROWS["Linear"], 5, "released", torch.float32, clock)
+    # 1 "second" a step, 2 a sequence of the evaluation
+    assert trainer.seconds_a_step(data, 0) == pytest.approx(1 + 2 * 4 / 10)
+    assert done == ["begin", "draw_step", "take", "begin", "draw_evaluation", "evaluate"]
+
+
+def recorded(name: str, function: Callable[..., object], done: list[str]) -> Callable[..., object]:
+    def call(*arguments: object) -> object:
+        done.append(name)
+        return function(*arguments)
+
+    return call
+
+
+def test_a_row_is_measured_with_the_released_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    # what experiments/figure5.yaml says of its rows is what is measured
+    experiment = load_experiment("figure5", Project(ROOT))
+    told = {
+        row: overrides["data.batch_size"]
+        for row, overrides in experiment.protocols["released"].rows.items()
+        if "data.batch_size" in overrides
+    }
+    assert told == retrieval.BATCH_SIZES
+    sizes: set[int] = set()
+    honest = retrieval.Trainer.seconds_a_step
+
+    def seconds_a_step(self: retrieval.Trainer, data: RetrievalData, number: int) -> float:
+        sizes.add(data.batch_size)
+        return honest(self, data, number)
+
+    monkeypatch.setattr(retrieval.Trainer, "seconds_a_step", seconds_a_step)
+    monkeypatch.setattr(retrieval, "ROWS", {"Schlag (2021)": retrieval.ROWS["Schlag (2021)"]})
+    assert list(retrieval.measure_retrieval(settings([]), None))
+    assert sizes == {128}
 
 
 def test_a_decoder_that_forgets_its_state_gets_no_number(monkeypatch: pytest.MonkeyPatch) -> None:

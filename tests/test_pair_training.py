@@ -156,7 +156,9 @@ def test_elu_keeps_its_digits_where_key_and_value_halves_are_large(name: str, si
 
 
 # of 130 keys Adam takes the embedding in blocks of rows, of which the last is smaller
-@pytest.mark.parametrize(("name", "n_keys"), [*((name, 7) for name in CONFIGS), ("elu sum", 130), ("dpfp-1 delta", 130)])
+@pytest.mark.parametrize(
+    ("name", "n_keys"), [*((name, 7) for name in CONFIGS), ("elu sum", 130), ("dpfp-1 delta", 130)]
+)
 def test_a_block_of_steps_equals_torch_adam_step_by_step(name: str, n_keys: int) -> None:
     config = CONFIGS[name]
     batches = draw(5, 4, 9, n_keys)

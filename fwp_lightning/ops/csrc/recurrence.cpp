@@ -30,12 +30,12 @@ namespace {
 // float64 is two.
 template <class Real> constexpr int STEPS_OF = sizeof(Real) == 4 ? 4 : 2;
 // rows are fetched so many steps before they are needed
-constexpr int64_t AHEAD = 8;
+constexpr int64_t AHEAD = 6;
 // Heads that go together: their memories should stay in the second cache, and so should all their rows, which the backward
 // pass reads twice, unless those of one head alone are too many.
 constexpr int64_t GROUP_BYTES = 512 * 1024, ROW_BYTES = 640 * 1024;
 // of these some take a few passes before the next do: their memories should stay in the first cache
-constexpr int64_t STRIP_BYTES = 16 * 1024, STRIP_PASSES = 8;
+constexpr int64_t STRIP_BYTES = 16 * 1024, STRIP_PASSES = 32;
 
 struct Problem {
     int64_t batch, steps, heads, keys, values;  // B, T, H, K (features), V
