@@ -183,6 +183,32 @@ def test_a_block_of_steps_equals_torch_adam_step_by_step(name: str, n_keys: int)
         assert float(block.state[p]["step"]) == 5
 
 
+def test_adams_steps_in_float32_are_exact_for_squares_of_every_size() -> None:
+    """Squares near 0 and infinity take roots and quotients of the processor, all others estimates that are refined."""
+    model, batches = build(CONFIGS["elu sum"], 20, 64, torch.float32), draw(1, 4, 9, 20)
+    parameters = model.pair_parameters
+    exponents = [torch.linspace(-44.0, 38.6, p.numel()).view_as(p) for p in parameters if p is not None]
+    squares = [10.0**exponent for exponent in exponents]
+    for square in squares:
+        square.view(-1)[::7] = 0.0
+    assert any(square.isinf().any() for square in squares)
+    means = [(0.1 + torch.rand_like(square)) * square.clamp(max=1e30).sqrt() for square in squares]
+    missing = [None] * (len(parameters) - len(squares))
+    lr, eps, betas, steps = 0.5, 1e-8, (0.9, 0.999), 7
+    before = [p.detach().clone() for p in parameters if p is not None]
+    with torch.no_grad():
+        adam = AdamState(PairParameters(*means, *missing), PairParameters(*squares, *missing), steps, lr, betas, eps)
+        ops.train_pairs(model.pair_memory, parameters, adam, batches)
+    for p, old, mean, square in zip(parameters, before, means, squares, strict=False):
+        assert p is not None
+        root = math.sqrt(1 - betas[1] ** (steps + 1))
+        rate = lr / (1 - betas[0] ** (steps + 1))
+        step = rate * mean.double() / (square.double().sqrt() / root + eps)
+        # a rounding of the difference and three of the step
+        allowed = 2.0**-24 * (p.double().abs() + 6 * step.abs())
+        assert ((p.double() - (old.double() - step)).abs() <= allowed).all()
+
+
 def test_redrawn_directions_are_those_that_single_steps_would_have_drawn() -> None:
     config = favor("sum", "none", "none", 40, "training", attention_norm="readout")
     ours, theirs = build(config, 7, 16), build(config, 7, 16)

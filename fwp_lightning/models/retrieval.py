@@ -160,7 +160,7 @@ class RetrievalModel(nn.Module):
         """Add each attention weight to the component of its one-hot value: ``sum_t a_t onehot(v_t)``."""
         weights = self.memory.attention_weights(q.unsqueeze(2), k, gates).squeeze(1)
         index = values.unsqueeze(1).expand_as(weights)
-        return weights.new_zeros(*weights.shape[:2], self.n_keys).scatter_add(2, index, weights)
+        return weights.new_zeros(*weights.shape[:2], self.n_keys).scatter_add_(2, index, weights)
 
     def _plain_keys(self, keys: Tensor, values: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return keys ``[B, n T, 1, D]`` and gates ``[B, n T, 1]`` of n pairs a step, of one head."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -28,9 +27,9 @@ class _EluFeatures(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        slope = torch.exp(x.clamp(max=0))
+        slope = x.clamp(max=0).exp_()
         ctx.save_for_backward(slope)
-        return slope + x.clamp(min=0)
+        return x.clamp(min=0).add_(slope)
 
     @staticmethod
     @first_order

@@ -29,8 +29,9 @@ namespace {
 // Steps of one pass over a memory: fewer would load and store it more often, more would need more registers. A Num of
 // float64 is two.
 template <class Real> constexpr int STEPS_OF = sizeof(Real) == 4 ? 4 : 2;
-// rows are fetched so many steps before they are needed
-constexpr int64_t AHEAD = 6;
+// Rows are fetched so many steps before they are needed, some here and some there in a pass: only so many lines can be on
+// their way at once, and loads of the pass itself would wait behind them.
+constexpr int64_t AHEAD = 4;
 // Heads that go together: their memories should stay in the second cache, and so should all their rows, which the backward
 // pass reads twice, unless those of one head alone are too many.
 constexpr int64_t GROUP_BYTES = 512 * 1024, ROW_BYTES = 640 * 1024;
@@ -331,16 +332,12 @@ template <class Real, bool DELTA, bool READS> struct Writing : Head<Real, DELTA,
         if (READS) this->compute_features(t, query);
     }
     void step(int64_t t) {
-        fetch_rows(t + AHEAD);
+        this->fetch(t + AHEAD, key, value);
+        if (READS) this->fetch(t + AHEAD, query);
         const int64_t left = T - t;
         if (left >= 2 * STEPS) return write<STEPS, STEPS>(t);
         if (left >= STEPS) return with_constant<STEPS - 1>(left - STEPS, [&](auto n) { write<STEPS, n>(t); });
         with_constant<STEPS - 1>(left, [&](auto n) { write<at_least_one(n), 0>(t); });
-    }
-    inline __attribute__((always_inline)) void fetch_rows(int64_t t) const {
-        this->fetch(t, key, value);
-        if (READS) this->fetch(t, query, output);
-        if (DELTA && x.errors) this->fetch(t, error);
     }
     template <int N, int NEXT> void write(int64_t t) {
         // all in variables of its own: the compiler cannot know that what is stored below changes nothing else
@@ -354,6 +351,8 @@ template <class Real, bool DELTA, bool READS> struct Writing : Head<Real, DELTA,
             share[s] = p.normalise_readout ? 1 / accumulate(t + s) : Real(1);
         }
         const auto overlap = this->template overlaps<N, DELTA, false>(k, k, n_keys);
+        if (READS) this->fetch(t + AHEAD, output);
+        if (DELTA && keeps) this->fetch(t + AHEAD, error);
         for_blocks(blocks, [&](auto width, int64_t c) __attribute__((always_inline)) {
             using Columns = typename BlocksOf<Real, width>::type;
             Columns *W = this->template at<width>(memory, c * n_keys);
@@ -491,14 +490,10 @@ template <class Real, bool DELTA, bool READS> struct Receiving : Backward<Real, 
         this->load_normaliser(x.grad_last_z);
     }
     void step(int64_t t) {
-        fetch_rows(t - AHEAD);
+        this->fetch(t - AHEAD, key, error);
         const int64_t left = T - t;
         if (left >= STEPS) return receive<STEPS>(t);
         with_constant<STEPS - 1>(left, [&](auto n) { receive<at_least_one(n)>(t); });
-    }
-    inline __attribute__((always_inline)) void fetch_rows(int64_t t) const {
-        this->fetch(t, key, error, grad_k, grad_v);
-        if (READS) this->fetch(t, query, this->grad_o);
     }
     template <int N> void receive(int64_t t) {
         const Steps<const Real> k = key.from(t), q = (READS ? query : key).from(t), e = error.from(t);
@@ -506,6 +501,7 @@ template <class Real, bool DELTA, bool READS> struct Receiving : Backward<Real, 
         Real strength[N];
         for (int s = 0; s < N; ++s) strength[s] = this->strength(t + s);
         receive_values<N>(t, k, q, e, g, strength);
+        this->fetch(t - AHEAD, grad_k, grad_v);
         receive_keys<N>(t, k, q, e, g, strength);
     }
     // D^T k of the memory before the pass, a block of it
@@ -536,6 +532,7 @@ template <class Real, bool DELTA, bool READS> struct Receiving : Backward<Real, 
         const Num *D = memory.vectors();
         const Steps<Real> to = grad_v.from(t);
         const auto overlap = this->template overlaps<N, DELTA, READS>(k, q, n_keys);
+        if (READS) this->fetch(t - AHEAD, query, this->grad_o);
         Num along[N] = {};
         for (int64_t from = 0; from < n_values; from += LANES) {
             const int64_t left = n_values - from;
@@ -617,6 +614,8 @@ template <class Real, bool DELTA, bool READS> struct Rewriting : Backward<Real, 
     using Base::grad, Base::grad_k, Base::grad_v, Base::error;
     Rows<Real> grad_q{};
     Buffer<Real> memory;
+    // else the pass before this one has left all but grad_q in the second cache
+    const bool far = p.far_rows(sizeof(Real));
 
     static int64_t bytes(const Problem &p) { return blocks_of(p.keys) * p.values * sizeof(Num); }
     Rewriting(const Problem &problem, const Tensors<Real> &tensors)
@@ -628,17 +627,13 @@ template <class Real, bool DELTA, bool READS> struct Rewriting : Backward<Real, 
         this->load_normaliser(x.z);
     }
     void step(int64_t t) {
-        // the pass before this one has just read the others
-        if (READS) this->fetch(t + AHEAD, grad_q);
-        if (p.far_rows(sizeof(Real))) fetch_rows(t + AHEAD);
+        if (far) {
+            this->fetch(t + AHEAD, key, error);
+            if (READS) this->fetch(t + AHEAD, this->grad_o);
+        }
         const int64_t left = T - t;
         if (left >= STEPS) return write<STEPS>(t);
         with_constant<STEPS - 1>(left, [&](auto n) { write<at_least_one(n)>(t); });
-    }
-    inline __attribute__((always_inline)) void fetch_rows(int64_t t) const {
-        this->fetch(t, key, error);
-        if (READS) this->fetch(t, this->grad_o);
-        if (DELTA) this->fetch(t, grad_k, grad_v);
     }
     template <int N> void write(int64_t t) {
         const Steps<const Real> k = key.from(t), e = error.from(t), g = (READS ? grad : error).from(t), r = grad_v.from(t);
@@ -646,12 +641,15 @@ template <class Real, bool DELTA, bool READS> struct Rewriting : Backward<Real, 
         for (int s = 0; s < N; ++s) strength[s] = this->strength(t + s);
         const Steps<Real> to_query = grad_q.from(t), to_key = grad_k.from(t);
         const int64_t n_keys = K, n_values = V, blocks = this->key_blocks, row = this->row_of_blocks();
+        const int64_t later = blocks > WIDTH ? WIDTH : 0;  // the second of what goes side by side, if there is one
         for_blocks(blocks, [&](auto width, int64_t c) __attribute__((always_inline)) {
             using Rows = typename BlocksOf<Real, width>::type;
             Rows writes[N], loss[N] = {}, queries[N] = {};
 #pragma GCC unroll 8
             for (int s = 0; s < N; ++s) writes[s] = strength[s] * this->template blocks<width>(k[s], c);
             read_keys<N, DELTA, READS>(this->template at<width>(memory, c * row), n_values, e, r, g, writes, loss, queries);
+            if (READS && c == 0) this->fetch(t + AHEAD, grad_q);
+            if (DELTA && c == later && far) this->fetch(t + AHEAD, grad_k, grad_v);
 #pragma GCC unroll 8
             for (int s = 0; s < N; ++s) {
                 loss[s] = -loss[s];
