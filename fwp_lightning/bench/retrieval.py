@@ -146,7 +146,7 @@ def _compare(row: str, attention: AttentionConfig, n_keys: int, clock: Clock, se
         else:
             trainers[name] = build()
     times: dict[str, list[float]] = {name: [] for name in trainers}
-    for number in range(min(3, settings.rounds)):
+    for number in range(settings.rounds):
         for name, trainer in trainers.items():
             times[name].append(trainer.seconds_a_step(data, number))
     group = Group("retrieval", row, f"S={n_keys}", "float32", 1, "cpu", "step")
