@@ -258,11 +258,15 @@ def test_a_sequence_without_pairs_reads_zeros() -> None:
     assert all(float(g.abs().max()) == 0 for g in gradients)
 
 
+@pytest.mark.parametrize("stray", [6, -1, 2**40])
 @pytest.mark.parametrize("bad", ["keys", "values", "queries", "targets"])
-def test_ids_outside_the_tables_are_refused_before_memory_is_touched(bad: str) -> None:
+def test_ids_outside_the_tables_are_refused_before_memory_is_touched(bad: str, stray: int) -> None:
     model, batches = build(CONFIGS["elu sum"], 6, 8), draw(1, 2, 4, 6)
-    with pytest.raises(ValueError, match=rf"{bad} has an id outside 0 \.\. 5"):
-        in_cpp(model, batches._replace(**{bad: getattr(batches, bad) + 6}))
+    getattr(batches, bad)[-1, -1, -1] = stray
+    with pytest.raises(ValueError, match=rf"{bad} has the id {stray}, which is outside 0 \.\. 5"):
+        in_cpp(model, batches)
+    with pytest.raises(ValueError, match=rf"{bad} is torch.int32; ids are int64"):
+        in_cpp(model, batches._replace(**{bad: getattr(batches, bad).int()}))
 
 
 def test_tensors_that_do_not_fit_are_named() -> None:

@@ -185,6 +185,8 @@ def _run(
     _check(memory, parameters, batches, directions)
     losses = like.new_empty(batches.keys.shape[0])
     problem = _problem(memory, parameters, batches, directions, losses)
+    if compiled.count(KERNEL, "stray_ids", like.dtype, problem):
+        _refuse_stray_ids(batches, like.shape[0])
     problem.gradients = _pointers(gradients)
     if adam is not None:
         problem.steps_done, problem.lr, problem.adam_eps = adam.steps, adam.lr, adam.eps
@@ -256,9 +258,16 @@ def _check(memory: PairMemory, parameters: PairParameters, batches: PairBatches,
         said = None if directions is None else tuple(directions.shape)
         raise ValueError(f"directions has shape {said}; expected [1 or {n_steps}, m, {size}]")
     for name, ids in batches._asdict().items():
-        low, high = (0, 0) if ids.numel() == 0 else (int(x) for x in ids.aminmax())
-        if ids.dtype != torch.int64 or not 0 <= low <= high < n_keys:
-            raise ValueError(f"{name} has an id outside 0 .. {n_keys - 1}, or is not int64")
+        if ids.dtype != torch.int64:
+            raise ValueError(f"{name} is {ids.dtype}; ids are int64")
+
+
+def _refuse_stray_ids(batches: PairBatches, n_keys: int) -> None:
+    """Raise ``ValueError`` that names the ids that are no key's or value's."""
+    for name, ids in batches._asdict().items():
+        stray = ids[(ids < 0) | (ids >= n_keys)]
+        if stray.numel():
+            raise ValueError(f"{name} has the id {int(stray[0])}, which is outside 0 .. {n_keys - 1}")
 
 
 def _pointers(tensors: PairParameters) -> Any:

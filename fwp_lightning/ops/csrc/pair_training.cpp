@@ -1377,6 +1377,17 @@ constexpr int64_t KNOWN = 64;
 
 template <class Real, int64_t SIZE> void gradients(const Problem<Real> &p) { p.losses[0] = Training<Real, SIZE>(p).gradients(); }
 
+// how many ids are no key's or value's
+template <class Real> int64_t stray_ids(const Problem<Real> &p) {
+    const int64_t sequences = p.n_steps * p.batch;
+    int64_t n = 0;
+    for (const int64_t *ids : {p.keys, p.values})
+        for (int64_t i = 0; i < sequences * p.pairs; ++i) n += uint64_t(ids[i]) >= uint64_t(p.n_keys);
+    for (const int64_t *ids : {p.queries, p.targets})
+        for (int64_t i = 0; i < sequences; ++i) n += uint64_t(ids[i]) >= uint64_t(p.n_keys);
+    return n;
+}
+
 template <class Real, int64_t SIZE> void steps(const Problem<Real> &p) {
     Training<Real, SIZE> training(p);
     for (int64_t n = 0; n < p.n_steps; ++n) p.losses[n] = training.train(n);
@@ -1391,6 +1402,7 @@ template <class Real, int64_t SIZE> void steps(const Problem<Real> &p) {
     extern "C" void fwp_pair_training_steps_##SUFFIX(const Problem<REAL> *p) {                                            \
         p->size == KNOWN ? steps<REAL, KNOWN>(*p) : steps<REAL, 0>(*p);                                                   \
     }                                                                                                                     \
+    extern "C" int64_t fwp_pair_training_stray_ids_##SUFFIX(const Problem<REAL> *p) { return stray_ids<REAL>(*p); }       \
     extern "C" int64_t fwp_pair_training_scratch_##SUFFIX(const Problem<REAL> *p) {                                       \
         return Training<REAL, 0>::scratch_numbers(*p);                                                                    \
     }
