@@ -269,6 +269,26 @@ def test_ids_outside_the_tables_are_refused_before_memory_is_touched(bad: str, s
         in_cpp(model, batches._replace(**{bad: getattr(batches, bad).int()}))
 
 
+def test_sizes_of_0_are_refused_where_the_kernel_would_divide_by_them() -> None:
+    """Whole numbers: the processor ends the process that divides by 0."""
+
+    def gradients(e: int, d_key: int, batch: int, m: int) -> object:
+        sizes = ((5, e), (d_key, 5 + e), (d_key,), (d_key, e), (d_key,))
+        parameters = PairParameters(*(torch.randn(size) for size in sizes), None, None)
+        memory = PairMemory("sum", "favor", attention_norm="readout")
+        return ops.pair_gradients(memory, parameters, draw(1, batch, 3, 5), torch.randn(1, m, d_key))
+
+    for sizes, said in (
+        ((0, 4, 2, 6), r"embedding has the sizes \(5, 0\)"),
+        ((3, 0, 2, 6), r"W_k has the sizes \(0, 8\)"),
+        ((3, 4, 0, 6), r"queries has the sizes \(0, 1\)"),
+        ((3, 4, 2, 0), r"directions has the sizes \(0, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=said + "; the compiled training needs at least 1 of each"):
+            gradients(*sizes)
+    assert gradients(1, 1, 1, 1)
+
+
 def test_tensors_that_do_not_fit_are_named() -> None:
     model, batches = build(CONFIGS["elu delta"], 6, 8), draw(1, 2, 4, 6)
     memory, parameters = model.pair_memory, model.pair_parameters

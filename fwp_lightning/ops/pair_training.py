@@ -237,6 +237,14 @@ def _check(memory: PairMemory, parameters: PairParameters, batches: PairBatches,
     n_steps, batch, pairs = batches.keys.shape
     n_keys, n_embedding = parameters.embedding.shape
     size, has_beta = parameters.W_k.shape[0], memory.rule in ("delta", "fwm")
+    # The kernel divides by these sizes. There may be no step, and sequences without pairs.
+    needed = {"embedding": parameters.embedding.shape, "W_k": parameters.W_k.shape}
+    needed["queries"] = batches.queries.shape[1:]
+    if directions is not None:
+        needed["directions"] = directions.shape[1:]
+    for name, sizes in needed.items():
+        if 0 in sizes:
+            raise ValueError(f"{name} has the sizes {tuple(sizes)}; the compiled training needs at least 1 of each")
     shapes: dict[str, tuple[int, ...]] = {
         "W_k": (size, n_keys + n_embedding), "b_k": (size,), "W_q": (size, n_embedding), "b_q": (size,),
         "W_beta": (1, n_keys + n_embedding), "b_beta": (1,),
