@@ -12,7 +12,7 @@ from fwp_lightning import compiled, ops
 from fwp_lightning.attention import AttentionConfig, FavorConfig
 from fwp_lightning.data.retrieval import RetrievalBlock, RetrievalData
 from fwp_lightning.models.retrieval import RetrievalModel
-from fwp_lightning.ops import AdamState, PairBatches, PairMemory, PairParameters
+from fwp_lightning.ops import AdamState, PairBatches, PairMemory, PairParameters, pair_training
 from fwp_lightning.tasks.retrieval import BlockAdam, retrieval_loss
 
 pytestmark = pytest.mark.skipif(
@@ -89,6 +89,27 @@ def test_loss_and_gradients_equal_pytorch_at_the_papers_size_of_a_key(name: str,
     for ours, theirs in zip(in_cpp(model, batches), in_pytorch(model, batches), strict=True):
         # as above
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n_keys", [1, 2, 3, 7])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_memory_held_before_does_not_matter(
+    name: str, n_keys: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embeddings of up to three keys are narrower than any vector."""
+    model, batches, found = build(CONFIGS[name], n_keys, 5, dtype), draw(1, 3, 4, n_keys), []
+    for held in (0.0, math.nan):
+
+        def room(parameters: PairParameters, held: float = held) -> PairParameters:
+            return PairParameters(*(None if x is None else torch.full_like(x, held) for x in parameters))
+
+        monkeypatch.setattr(pair_training, "_empty_like", room)
+        found.append(in_cpp(model, batches))
+    for clean, dirty in zip(*found, strict=True):
+        torch.testing.assert_close(dirty, clean, rtol=0, atol=0, equal_nan=True)
+    # of one key LayerNorm leaves nothing
+    assert n_keys == 1 or all(x.isfinite().all() for x in found[0])
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -319,7 +319,7 @@ template <class Real, int64_t SIZE> class Training {
             for (int64_t j = whole; j < columns; ++j) {
                 Real sum = 0;
                 for (int64_t l = 0; l < inner; ++l) sum += A.data[i * A.row + l * A.column] * right[l * ldb + j];
-                C[i * ldc + j] = keep * C[i * ldc + j] + sum;
+                C[i * ldc + j] = keep == 0 ? sum : keep * C[i * ldc + j] + sum;
             }
     }
     // C [rows, columns] = A [rows, inner] B^T + keep C with B [columns, inner] in memory; rows of C are padded
