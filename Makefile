@@ -111,10 +111,8 @@ ui: $(INSTALLED) ## browse the runs with MLflow on http://127.0.0.1:5000
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true \
 	  $(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1
 
-# each size of the retrieval task in a process of its own: what a process has handed back decides how fast it gets memory
 bench: $(INSTALLED) ## measure the memories and the retrieval task on this CPU into results/benchmarks/, draw it
-	$(BIN)/fwp bench --peers --parts rules,fused,growth,training,generation
-	for size in 20 100 600; do $(BIN)/fwp bench --parts retrieval --sizes $$size || exit 1; done
+	$(BIN)/fwp bench --peers
 	$(BIN)/python -m reports bench
 
 bench-gpu: $(INSTALLED) ## the same on a GPU, as far as it runs there

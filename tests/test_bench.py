@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -251,6 +252,28 @@ def recorded(name: str, function: Callable[..., object], done: list[str]) -> Cal
         return function(*arguments)
 
     return call
+
+
+def test_each_size_of_the_task_is_measured_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = list(retrieval.ROWS)
+    told: list[str] = []
+    # this process would have nothing to measure
+    monkeypatch.setattr(retrieval, "ROWS", {})
+    found = list(retrieval.measure_retrieval(rules.Settings("cpu", 1, told.append), [2, 3]))
+    assert [(group.rule, group.shape) for group, _ in found] == [(row, f"S={s}") for s in (2, 3) for row in rows]
+    assert all(measurement.spread.rounds == 1 for _, measurements in found for measurement in measurements)
+    assert not [line for line in told if "Linear" in line]
+
+
+def end_process(n_keys: int, rounds: int) -> None:
+    os._exit(1)
+
+
+def test_a_size_whose_process_is_ended_is_told_and_the_next_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(retrieval, "_measured_alone", end_process)
+    assert not list(retrieval.measure_retrieval(rules.Settings("cpu", 1, told.append), [2]))
+    assert told == ["retrieval is not measured at S=2: its process was ended"]
 
 
 def test_a_row_is_measured_with_the_released_batch(monkeypatch: pytest.MonkeyPatch) -> None:

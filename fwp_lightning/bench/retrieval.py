@@ -9,7 +9,11 @@ the time, one batch of a sequence's queries of `plain`.
 from __future__ import annotations
 
 import functools
+import multiprocessing
+import signal
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import torch
@@ -108,19 +112,47 @@ def trainer_of(
 
 
 def measure_retrieval(settings: Settings, sizes: Sequence[int] | None) -> Iterator[Result]:
-    """Yield the formulations of every row at every size; process time of one thread."""
+    """Yield the formulations of every row at every size; process time of one thread.
+
+    Each size has a process of its own: what a process has handed back decides how fast it gets memory again, and a step
+    of the baselines takes hundreds of MB.
+    """
     if settings.device != "cpu":
         settings.tell("retrieval is not measured: its training is compiled for the CPU")
         return
+    if settings.quick:
+        for n_keys in QUICK_SIZES:
+            yield from _measure_size(n_keys, settings)
+        return
+    for n_keys in sizes or SIZES:
+        # on Ctrl-C this process says what there is to say
+        quietly = (signal.SIGINT, signal.SIG_DFL)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), signal.signal, quietly) as processes:
+            try:
+                results, told = processes.submit(_measured_alone, n_keys, settings.rounds).result()
+            except BrokenProcessPool:
+                results, told = [], [f"retrieval is not measured at S={n_keys}: its process was ended"]
+        for line in told:
+            settings.tell(line)
+        yield from results
+
+
+def _measured_alone(n_keys: int, rounds: int) -> tuple[list[Result], list[str]]:
+    """Return the comparisons of a size, and what there was to tell."""
+    torch.set_flush_denormal(True)
+    told: list[str] = []
+    return list(_measure_size(n_keys, Settings("cpu", rounds, told.append))), told
+
+
+def _measure_size(n_keys: int, settings: Settings) -> Iterator[Result]:
     clock = Clock("cpu", CPU.now, at_least=0.02)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for n_keys in QUICK_SIZES if settings.quick else sizes or SIZES:
-            for row, attention in ROWS.items():
-                largest = {"delta": LARGEST_WITH_REPLACEMENT, "fwm": LARGEST_FWM}.get(attention.rule, n_keys)
-                if n_keys <= largest:
-                    yield _compare(row, attention, n_keys, clock, settings)
+        for row, attention in ROWS.items():
+            largest = {"delta": LARGEST_WITH_REPLACEMENT, "fwm": LARGEST_FWM}.get(attention.rule, n_keys)
+            if n_keys <= largest:
+                yield _compare(row, attention, n_keys, clock, settings)
     finally:
         torch.set_num_threads(before)
 
